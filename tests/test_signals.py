@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -239,3 +243,60 @@ def test_nothing_is_left_of_a_start_that_was_ended(
     assert process.returncode == (-number if number == signal.SIGKILL else EXIT_STOPPED), output
     until(lambda: not processes_of(run_file), 60)
     assert not (tmp_path / "base" / "metrics.jsonl").exists()
+
+
+COMMANDS = {
+    "train.py": [sys.executable, str(ROOT / "launch" / "train.py"), "--config"],
+    "packspeed": [PACKSPEED, "train"],
+}
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_run_whose_terminal_closes_is_saved(workspace: Workspace, tmp_path: Path, command: str) -> None:
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(workspace.run_file.read_text().replace("steps: 10", "steps: 100000"))
+    ours, theirs = pty.openpty()
+
+    def take_terminal() -> None:
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+
+    process = subprocess.Popen(
+        [*COMMANDS[command], str(run_file), f"--set=runs_dir={tmp_path}"],
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=take_terminal,
+    )  # fmt: skip
+    os.close(theirs)
+    output = b""
+    while b"| loss " not in output:
+        output += os.read(ours, 4096)
+    os.close(ours)
+    assert process.wait(90) == EXIT_STOPPED
+    assert json.loads((tmp_path / "base" / "status.json").read_text())["state"] == "stopped"
+    assert list((tmp_path / "base" / "checkpoints").glob("step-*"))
+    until(lambda: not processes_of(run_file), 60)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_run_whose_output_nobody_reads_goes_on(workspace: Workspace, tmp_path: Path, command: str) -> None:
+    words = [*COMMANDS[command], str(workspace.run_file), f"--set=runs_dir={tmp_path}"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(90) == 0
+    assert json.loads((tmp_path / "base" / "status.json").read_text())["state"] == "finished"
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("number", [signal.SIG_DFL, signal.SIG_IGN])
+def test_nohup_is_respected(number: signal.Handlers) -> None:
+    code = "import signal; from packspeed.launch.config.unattended import SIGNALS; print(signal.SIGHUP in SIGNALS)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, number),
+    )
+    assert done.stdout.strip() == str(number == signal.SIG_DFL), done.stderr

@@ -50,6 +50,7 @@ from packspeed.launch.cluster.messages import (
 )
 from packspeed.launch.cluster.warm_start import ForkedProcess, WarmProcess
 from packspeed.launch.config.errors import EXIT_STOPPED
+from packspeed.launch.config.unattended import SIGNALS
 from packspeed.launch.run_folder.folder import git_commit
 from packspeed.launch.run_folder.heartbeat import LAUNCH_ID, LAUNCHER, last_beat, remove_local_beats
 
@@ -126,7 +127,7 @@ def hold_signals() -> None:
     Schedulers signal every process of a job, but only the supervisor decides when the ranks stop. The launcher and the
     ranks inherit the block; the ranks lift it themselves (training/signals.py).
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def _devices(request: RunRequest | PrepareRequest) -> list[list[int]]:

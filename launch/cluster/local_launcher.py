@@ -28,9 +28,8 @@ from packspeed.launch.config.batch import fits
 from packspeed.launch.config.errors import EXIT_STOPPED
 from packspeed.launch.config.ports import free_port
 from packspeed.launch.config.run_file import RunFile
+from packspeed.launch.config.unattended import SIGNALS
 from packspeed.launch.run_folder.heartbeat import LAUNCHER
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 # The command packspeed of this environment, also if its folder is not in PATH.
 PACKSPEED = (sys.executable, "-c", "from packspeed.launch.cli import main; main()")
@@ -101,7 +100,7 @@ def node_launcher_command(
 
 
 def run_launcher(command: Sequence[str]) -> int:
-    """Run a launcher on this machine until it ends, and pass SIGTERM, SIGUSR1 and Ctrl-C on to its ranks.
+    """Run a launcher on this machine until it ends, and pass the signals that ask it to stop on to its ranks.
 
     Returns its exit code, or 128 + the signal's number if a signal ended it, as shells do. A signal that arrives before
     any rank has started ends the launcher, and the code is 75 (EXIT_STOPPED). A second Ctrl-C kills the ranks.
@@ -138,7 +137,7 @@ def run_launcher(command: Sequence[str]) -> int:
 def _wait_with_handler(process: subprocess.Popen[bytes], handler: Callable[[int, FrameType | None], None]) -> int:
     """Wait until the process ends, and return its exit code.
 
-    Meanwhile `handler` handles SIGTERM, SIGUSR1 and SIGINT of the current process.
+    Meanwhile `handler` handles the signals that ask the current process to stop.
     """
     for number in SIGNALS:
         signal.signal(number, handler)

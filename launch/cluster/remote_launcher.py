@@ -25,8 +25,9 @@ from pathlib import Path
 from types import FrameType
 
 from packspeed.launch.cluster.hosts import LaunchPlan
-from packspeed.launch.cluster.local_launcher import SIGNALS, TRAIN
+from packspeed.launch.cluster.local_launcher import TRAIN
 from packspeed.launch.config.errors import ConfigError
+from packspeed.launch.config.unattended import SIGNALS
 from packspeed.launch.run_folder.heartbeat import LAUNCHER
 
 PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+")  # characters that the shell, pdsh and DeepSpeed's quoting leave unchanged

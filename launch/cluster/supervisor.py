@@ -37,13 +37,14 @@ from typing import Literal
 
 from packspeed.launch.cluster.attempt import LOST, Attempt, LaunchOptions, Log, Outcome
 from packspeed.launch.cluster.hosts import Host, LaunchPlan, plan_launch
-from packspeed.launch.cluster.local_launcher import SIGNALS, TRAIN
+from packspeed.launch.cluster.local_launcher import TRAIN
 from packspeed.launch.cluster.messages import TERM, FactsRequest, HostFacts
 from packspeed.launch.cluster.ssh import AgentPool, Replies, ask_hosts
 from packspeed.launch.config.batch import fits, plan_batch
 from packspeed.launch.config.errors import EXIT_STOPPED, ConfigError, UserError
 from packspeed.launch.config.layout import run_layout
 from packspeed.launch.config.run_file import RunFile
+from packspeed.launch.config.unattended import SIGNALS
 from packspeed.launch.run_folder.heartbeat import read_beats
 
 HISTORY = "launches.jsonl"  # in the run folder: one line per attempt

@@ -28,9 +28,9 @@ from types import FrameType
 import psutil
 
 from packspeed.launch.config.errors import EXIT_STOPPED
+from packspeed.launch.config.unattended import SIGNALS
 from packspeed.launch.run_folder.heartbeat import LAUNCHER
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SIGUSR1: SLURM's warning before its time limit
 LAUNCHER_ENDED = "the end of its launcher"  # completes "stopped by"
 POLL_S = 1.0
 
@@ -75,7 +75,7 @@ def _end(why: str) -> None:
 
 
 class StopSignal:
-    """SIGTERM, SIGUSR1 or Ctrl-C asks the loop to save and stop. A second Ctrl-C ends the process immediately.
+    """SIGTERM, SIGUSR1, SIGHUP or Ctrl-C asks the loop to save and stop. A second Ctrl-C ends the process immediately.
 
     A repeated SIGTERM has no further effect, because ranks usually get two: a scheduler signals every process, and
     DeepSpeed's launcher then signals its ranks again. The end of the launcher also asks the loop to save and stop.

@@ -26,9 +26,10 @@ from types import FrameType
 from typing import Literal
 
 from packspeed.data.storage.atomic import write_file
-from packspeed.launch.cluster.local_launcher import PACKSPEED, SIGNALS, local_accelerators
+from packspeed.launch.cluster.local_launcher import PACKSPEED, local_accelerators
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.json_types import JsonObject
+from packspeed.launch.config.unattended import SIGNALS
 from packspeed.launch.run_folder.folder import aligned, set_aside
 from packspeed.launch.run_folder.formats import AnomalyLine, Status
 from packspeed.launch.run_folder.reading import read_lines, read_metrics, read_object
@@ -106,8 +107,8 @@ def check_folders(sweep: Sweep) -> None:
 def train_all(sweep: Sweep, fresh: bool, say: Say) -> bool:
     """Train every run that is not done, sweep.parallel of them at a time. Returns False if a signal has stopped them.
 
-    fresh: first move existing run folders aside. SIGINT, SIGTERM and SIGUSR1 are passed on to the runs, and no other
-    run is started. Installs handlers for these signals until it returns.
+    fresh: first move existing run folders aside. Signals that ask for a stop are passed on to the runs, and no
+    other run is started. Installs handlers for these signals until it returns.
     """
     if fresh:
         for run in sweep.runs:
