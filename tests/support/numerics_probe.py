@@ -36,8 +36,8 @@ def printing(when: str, function: Any) -> Any:
     """Return `function` wrapped so that it prints the settings first. when: "group" or "training"."""
 
     def first_print(*args: Any, **kwargs: Any) -> Any:
-        sys.stdout.write(f"at {when} {os.environ['RANK']} {json.dumps(settings())}\n")  # at once: two ranks print
-        sys.stdout.flush()
+        # At once, because two ranks print, and not by sys.stdout, which is redirected while DeepSpeed makes the group.
+        os.write(1, f"at {when} {os.environ['RANK']} {json.dumps(settings())}\n".encode())
         return function(*args, **kwargs)
 
     return first_print
