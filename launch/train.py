@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from packspeed.data.errors import PackspeedError
 from packspeed.data.storage.open_files import raise_open_file_limit
-from packspeed.launch.config.unattended import keep_on_without_reader
+from packspeed.launch.config.unattended import continue_without_reader
 from packspeed.launch.training.signals import stop_while_starting
 
 
@@ -106,5 +106,5 @@ def _exit(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    keep_on_without_reader()
+    continue_without_reader()
     _exit(main())

@@ -508,17 +508,8 @@ class GPT(nn.Module):
                 choice = Choice() if recompute and self.config.has_experts(layer) else None
                 ids = tokens if self.config.embeds_values(layer) else None
                 inputs = (
-                    x,
-                    branch,
-                    rope,
-                    block_keys,
-                    None if recompute else cache,
-                    packed,
-                    choice,
-                    sequence,
-                    ids,
-                    first,
-                )
+                    x, branch, rope, block_keys, None if recompute else cache, packed, choice, sequence, ids, first,
+                )  # fmt: skip
                 with host.keep(x) if recompute and host is not None else nullcontext():
                     x, branch, values = self.checkpoint_fn(block, *inputs) if recompute else block(*inputs)
                 first = values if layer == 0 else first

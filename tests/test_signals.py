@@ -29,7 +29,7 @@ from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.run_folder import folder as run_folder
 from packspeed.launch.run_folder.heartbeat import LAUNCHER
 from packspeed.launch.training import signals
-from support import ROOT
+from support import ROOT, TRAIN
 from support.workspace import Workspace
 
 PACKSPEED = str(Path(sys.executable).with_name("packspeed"))
@@ -246,7 +246,7 @@ def test_nothing_is_left_of_a_start_that_was_ended(
 
 
 COMMANDS = {
-    "train.py": [sys.executable, str(ROOT / "launch" / "train.py"), "--config"],
+    "train.py": [sys.executable, str(TRAIN), "--config"],
     "packspeed": [PACKSPEED, "train"],
 }
 

@@ -22,7 +22,7 @@ from packspeed.launch.trials.sweep_plan import Sweep, plan_sweep, split_values
 from support.commands import runs_cli
 from support.workspace import Workspace
 
-# Stands in for `packspeed train`: 5 steps of 0.1 s. A signal stops it, and the same command resumes it.
+# A program that replaces `packspeed train`: 5 steps of 0.1 s. A signal stops it, and the same command resumes it.
 STAND_IN = """
 import json, pathlib, signal, sys, time
 sets = dict(word[6:].split("=", 1) for word in sys.argv if word.startswith("--set="))

@@ -31,7 +31,7 @@ from packspeed.launch.config.deepspeed_json import load_ds_config
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.loading import load_run_file
 from packspeed.launch.config.run_file import RunFile
-from packspeed.launch.config.unattended import keep_on_without_reader
+from packspeed.launch.config.unattended import continue_without_reader
 from packspeed.launch.planner.lock import check_locked
 from packspeed.launch.run_folder.folder import prepare_for_launch
 
@@ -139,7 +139,7 @@ def launch(
     if launcher not in ("ssh", "pdsh", "openmpi"):
         raise ConfigError(f"--launcher {launcher}: unknown launcher. Choose ssh, pdsh or openmpi.")
     refuse_nan(hang_seconds=hang_s, take_back=take_back_s)
-    keep_on_without_reader()
+    continue_without_reader()
     hosts = _hosts(run, hostfile, ranks, include, exclude)
     if locked:
         check_locked(run, raw, sum(host.slots for host in hosts))

@@ -32,11 +32,11 @@ def build(
     from packspeed.launch.engine import ops
     from packspeed.launch.engine.build import resolve_kernels
 
-    device, names = ops.device_type(), [ops.FUSED_ADAM]
+    names = [ops.FUSED_ADAM]
     if run_file is not None:
         run = load_run_file(run_file, overrides or [])
         plan = solve_batch(run.global_batch, run.data.seq_len, Layout(), 1)
-        names = ops.needed_ops(resolve_ds_config(run, load_ds_config(run.deepspeed), plan, "fp32"), device)
+        names = ops.needed_ops(resolve_ds_config(run, load_ds_config(run.deepspeed), plan, "fp32"))
     missing = ops.build_ops(names, lambda line: print(line, flush=True))
     for name, why in missing.items():
         print(f"note: {why}\nRuns use {ops.SUBSTITUTES[name]} instead.")

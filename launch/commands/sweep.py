@@ -9,7 +9,7 @@ import typer
 
 from packspeed.launch.commands.options import Json, Overrides, RunFileArgument, show
 from packspeed.launch.config.errors import EXIT_STOPPED
-from packspeed.launch.config.unattended import keep_on_without_reader
+from packspeed.launch.config.unattended import continue_without_reader
 from packspeed.launch.observe.report import report as write_report
 from packspeed.launch.observe.watch import show_notes
 from packspeed.launch.trials import sweep as sweeping
@@ -43,7 +43,7 @@ def sweep(
     Repeat the command to continue: a run that has finished is not repeated. Exit codes: 0 all runs are done, 1 a run
     failed, 2 wrong usage or config, 75 saved and stopped by a signal.
     """
-    keep_on_without_reader()
+    continue_without_reader()
     plan = plan_sweep(run_file, overrides or [], grid or [], seeds, ranks, parallel)
     completed = sweeping.train_all(plan, fresh, lambda line: print(line, file=sys.stderr, flush=True))
     results = [sweeping.read_result(run) for run in plan.runs]

@@ -13,7 +13,7 @@ from packspeed.launch.config.batch import plan_batch
 from packspeed.launch.config.deepspeed_json import load_ds_config
 from packspeed.launch.config.errors import ConfigError
 from packspeed.launch.config.loading import load_run_file
-from packspeed.launch.config.unattended import keep_on_without_reader
+from packspeed.launch.config.unattended import continue_without_reader
 
 
 def train(
@@ -38,7 +38,7 @@ def train(
 
     If the run was stopped or has crashed, the same command resumes it.
     """
-    keep_on_without_reader()
+    continue_without_reader()
     sets = overrides or []
     run = load_run_file(run_file, sets)
     if decay_from is not None:

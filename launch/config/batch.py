@@ -83,8 +83,8 @@ def token_sizes(train: JsonObject) -> BatchSizes:
     """Return the batch sizes of a run in tokens. `train`: the section of its config.yaml or of a checkpoint's manifest.
 
     The section may have been written by another version of Packspeed; only its keys global_batch_tokens and
-    batch_warmup are read. Raises KeyError, TypeError, ValueError or OverflowError if one of
-    their values is missing or damaged.
+    batch_warmup are read. Raises KeyError, TypeError, ValueError or OverflowError if one of their values is missing or
+    damaged.
     """
     stages = [(stage["until_tokens"], stage["global_batch_tokens"]) for stage in train.get("batch_warmup") or []]
     return BatchSizes.staged(stages, train["global_batch_tokens"])

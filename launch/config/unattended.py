@@ -15,7 +15,7 @@ _ALWAYS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SIGUSR1: SLURM's wa
 SIGNALS = _ALWAYS if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (*_ALWAYS, signal.SIGHUP)
 
 
-def keep_on_without_reader() -> None:
+def continue_without_reader() -> None:
     """Make every write to stdout and stderr succeed, even if the terminal or the reader of the pipe has gone.
 
     What cannot be written is lost. Without this, the next line that a run prints would raise an error and end the run.

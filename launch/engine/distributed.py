@@ -285,7 +285,7 @@ def _build_ops(ds_config: DsConfig, topology: Topology, say: Callable[[str], Non
     failed: UserError | None = None
     if topology.local_rank == 0:
         try:
-            missing = build_ops(needed_ops(ds_config, device_type()), say)
+            missing = build_ops(needed_ops(ds_config), say)
         except UserError as error:
             failed = error
     failure = topology.agree_on_error(failed)

@@ -145,10 +145,10 @@ def _compiler_version(compiler: str) -> str:
     return done.stdout.strip()
 
 
-def needed_ops(ds_config: DsConfig, device: str) -> list[str]:
+def needed_ops(ds_config: DsConfig) -> list[str]:
     """Return the builder names, such as "FusedAdamBuilder", of the DeepSpeed ops that a run loads.
 
-    `ds_config` is the final DeepSpeed configuration, `device` the device type ("cpu", "cuda").
+    `ds_config` is the final DeepSpeed configuration.
     """
     ops = []
     zero = ds_config.get("zero_optimization") or {}
@@ -169,8 +169,8 @@ def needed_ops(ds_config: DsConfig, device: str) -> list[str]:
 def build_ops(names: list[str], say: Callable[[str], None]) -> dict[str, str]:
     """Compile and load ops, given their builder names.
 
-    Returns {builder name: reason} for the ops that cannot be built on this host but that torch can replace. If
-    any other op cannot be built, raises UserError with the likely cause and the end of the build's output. Raises
+    Returns {builder name: reason} for the ops that cannot be built on this host but that torch can replace. If any
+    other op cannot be built, raises UserError with the likely cause and the end of the build's output. Raises
     ConfigError if DeepSpeed has no such op for this device. Progress is printed with `say`.
     """
     prepare_for_ops()
