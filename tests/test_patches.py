@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import inspect
 import re
+import subprocess
 import sys
 import time
 import warnings
@@ -20,8 +21,15 @@ from packspeed.launch.engine import protocol
 from packspeed.launch.engine.patches import check, replace
 from packspeed.launch.engine.patches.bf16_gradients import interleave
 from packspeed.launch.engine.patches.check import check_loaded, check_sources, identifier, problem
+from packspeed.launch.engine.patches.compiler_imports import (
+    CALLED,
+    compiled_in_first_call,
+    compiler_only_if,
+    wrapped_functions,
+)
 from packspeed.launch.engine.patches.registry import MODULE, REGISTRY, TENSORS, TEXT, Internal
 from support import ROOT
+from support.workspace import Workspace
 
 CACHES = (check.check_sources, check._names_of, check._scope, check._collapsed_source)
 
@@ -193,3 +201,39 @@ def test_pieces_side_by_side_are_the_tensors(ranks: int) -> None:
         assert torch.equal(joined[: tensor.numel()], tensor.flatten())
         assert not joined[tensor.numel() :].any()
         assert part.size(1) == -(-tensor.numel() // ranks)
+
+
+# ---- torch's compiler ----
+@pytest.mark.launch
+@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
+def test_a_run_that_compiles_nothing_imports_no_compiler(workspace: Workspace, stage: str) -> None:
+    """None of these modules is imported, from the first import to the last checkpoint."""
+    heavy = {"torch._dynamo", "torch._inductor", "triton", "sympy"}
+    code = (
+        "import atexit, runpy, sys\n"
+        f"atexit.register(lambda: print('heavy:', sorted({heavy} & set(sys.modules))))\n"
+        f"runpy.run_path({str(ROOT / 'launch' / 'train.py')!r}, run_name='__main__')"
+    )
+    sets = ("train.steps=2", "checkpoint.every_steps=1", f"deepspeed={stage}")
+    command = [sys.executable, "-c", code, *workspace.arguments(f"light_{stage}", *sets)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("heavy: []\n"), done.stdout
+
+
+def test_a_run_that_compiles_has_the_compiler_as_torch_made_it() -> None:
+    with compiler_only_if(False, "cpu"):
+        assert all(getattr(function, CALLED) is function for function in wrapped_functions())
+        assert torch.compiler.disable(described) is described
+    with compiler_only_if(True, "cpu"):
+        assert not any(getattr(function, CALLED, None) is function for function in wrapped_functions())
+        assert torch.compiler.disable(described) is not described
+
+
+def test_deepspeeds_muon_compiles_in_its_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(torch, "compile", lambda function: (compiled.append(function.__name__), function)[1])
+    doubled = compiled_in_first_call(lambda value: 2 * value)
+    assert not compiled
+    assert [doubled(2), doubled(3)] == [4, 6]
+    assert compiled == ["<lambda>"], "and only then"

@@ -40,6 +40,7 @@ from packspeed.launch.engine.muon import Muon, products_dtype
 from packspeed.launch.engine.ops import adamw_class, device_type
 from packspeed.launch.engine.patches.adam_bias import forget_bias_products, update_in_full_vectors
 from packspeed.launch.engine.patches.bf16_gradients import one_zero1, sum_gradients
+from packspeed.launch.engine.patches.compiler_imports import compiler_only_if
 from packspeed.launch.engine.patches.device_waits import let_the_device_wait
 from packspeed.launch.engine.patches.expert_groups import experts_in, keep_own_checkpoints
 from packspeed.launch.engine.patches.flat_gradients import accumulate_in_flat_tensors
@@ -173,6 +174,15 @@ def build_engine(
     and the caller must load a checkpoint. `topology` is needed if ranks share weights or experts (parallel.tensor,
     parallel.expert). A collective: every rank must call it.
     """
+    compiles = config.kernels == "compile" or wants_deepcompile(ds_config, device_type())
+    with compiler_only_if(compiles, device_type()):
+        return _build_engine(config, run, ds_config, draw, topology)
+
+
+def _build_engine(
+    config: GPTConfig, run: RunFile, ds_config: DsConfig, draw: bool, topology: Topology | None
+) -> Engine:
+    """Return the engine of build_engine."""
     seed = run.train.seed if draw else None
     ds_config = with_own_swap_folders(ds_config, run.folder, dist.get_rank())
     deepcompile = wants_deepcompile(ds_config, device_type())
@@ -253,10 +263,11 @@ def model_on(
     model = gpt_without_weights(config, topology.tensor() if topology else ALONE)
     if experts is not None:
         share_experts(model, experts)
-    model = model.to(dtype).to_empty(device=device)
+    # to_empty would import sympy, which takes 0.3 s, because it calls empty_like on tensors of the meta device.
+    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=dtype, device=device))  # type: ignore[no-untyped-call]
     for buffer in model.buffers():  # the routers' biases
         buffer.zero_()
-    if config.tie_embeddings:  # to_empty makes two tensors of one
+    if config.tie_embeddings:  # _apply makes two tensors of one
         model.lm_head.weight = model.embed.weight
     if experts is not None:
         mark_experts(model, experts)

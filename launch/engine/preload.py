@@ -18,11 +18,7 @@ import os
 from pathlib import Path
 
 # Modules of other packages that a run imports only when it uses them.
-LATE = (
-    "deepspeed.launcher.launch", "deepspeed.module_inject.auto_ep_layer", "deepspeed.ops.op_builder.all_ops",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # torch.compile, with which it decorates a function, imports inductor
-    "torch.utils.tensorboard",
-)  # fmt: skip
+LATE = ("deepspeed.launcher.launch", "deepspeed.ops.op_builder.all_ops", "torch.utils.tensorboard")
 NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"  # torch reads it when it looks for GPUs
 
 
@@ -35,15 +31,14 @@ def preload(*names: str) -> None:
     os.environ[NVML_CHECK] = "1"
     for name in (*names, *LATE):
         importlib.import_module(name)
-    import cpuinfo
-
-    from packspeed.launch.engine.ops import prepare_for_ops
+    from packspeed.launch.engine.ops import device_type, prepare_for_ops
     from packspeed.launch.engine.patches.check import check_loaded, check_sources
+    from packspeed.launch.engine.patches.compiler_imports import import_late_modules
 
     check_sources()
     check_loaded()
+    import_late_modules(device_type())
     prepare_for_ops()
-    cpuinfo.get_cpu_info()  # takes a second, and prepare_for_ops has made it remember the result
 
 
 def why_not_forkable() -> str:

@@ -56,7 +56,7 @@ Row = tuple[str, str, str, dict[str, str]]  # file, where, used by, {name: why}
 NORM, BF16, ADAM = "engine/patches/gradient_norm.py", "engine/patches/bf16_gradients.py", "engine/patches/adam_bias.py"
 WAITS, MUON = "engine/patches/device_waits.py", "engine/muon.py"
 LAUNCHER = "engine/patches/node_launcher.py"
-FLAT = "engine/patches/flat_gradients.py"
+FLAT, COMPILER = "engine/patches/flat_gradients.py", "engine/patches/compiler_imports.py"
 EXPERT_GROUPS = "engine/patches/expert_groups.py"
 STATE, OPS, PROTOCOL = "engine/optimizer_state.py", "engine/ops.py", "engine/protocol.py"
 WRITER, ZERO = "engine/patches/checkpoint_writer.py", "checkpoint/zero_checkpoint.py"
@@ -360,11 +360,22 @@ BUILDERS: tuple[Row, ...] = (
             "read: an op that the table calls incompatible is not built",
         "return torch.ops.deepspeed.inference_all_reduce_(tensor)": "read: the op's only use",
     }),
+    ("deepspeed/runtime/compiler.py", MODULE, COMPILER, {
+        "compile()": "replaced: while DeepSpeed's Muon is imported, by a function that compiles later",
+    }),
+    ("deepspeed/runtime/zero/muon/muon_optimizer.py", MODULE, COMPILER, {
+        "MuonWithAuxAdam": "read: the engine imports this class, and with it torch's compiler",
+    }),
+    ("deepspeed/module_inject/auto_ep_layer.py", MODULE, COMPILER, {
+        "ReplacementSourceMap": "read: the engine imports this class, and with it triton",
+    }),
     ("deepspeed/utils/groups.py", MODULE, "engine/mpu.py", {
         "mpu": "replaced: the groups of the last engine, which the next engine of a process would use",
     }),
     ("cpuinfo/cpuinfo.py", MODULE, "engine/patches/cpu_name.py", {
-        "get_cpu_info()": "replaced: its result is cached, so that it runs once per process",
+        "get_cpu_info()": "replaced: by a function that reads /proc/cpuinfo, once per process",
+        "_get_cpu_info_from_proc_cpuinfo()": "called: returns the CPU's vendor and flags",
+        "_parse_arch(arch_string_raw)": "called: returns the CPU's architecture",
     }),
 )  # fmt: skip
 
@@ -420,6 +431,12 @@ TORCH: tuple[Row, ...] = (
     }),
     ("torch/utils/cpp_extension.py", MODULE, OPS, {
         "_get_build_directory(name, verbose)": "called: returns the folder in which a build has its lock file",
+    }),
+    ("torch/_compile.py", TEXT, COMPILER, {
+        'getattr(fn, "__dynamo_disable", None)': "set: to the function itself, so that dynamo is not imported",
+    }),
+    ("torch/compiler/__init__.py", MODULE, COMPILER, {
+        "disable(fn, recursive, *, reason)": "replaced: while an engine is built that compiles nothing",
     }),
     ("torch/utils/_pytree.py", MODULE, "checkpoint/writer.py", {"tree_map": "called: copies nested states"}),
     ("torch/distributed/distributed_c10d.py", MODULE, "engine/shared_work.py", {
