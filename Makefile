@@ -28,6 +28,7 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	    --index-url $(TORCH_CPU) torch || echo "note: that failed, so PyPI's torch with CUDA follows (several GB)"; \
 	fi
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m compileall -q data model launch  # with PYTHONDONTWRITEBYTECODE every start would compile them
 	$(BIN)/packspeed ops build
 	@touch $@
 
