@@ -263,8 +263,9 @@ def model_on(
     model = gpt_without_weights(config, topology.tensor() if topology else ALONE)
     if experts is not None:
         share_experts(model, experts)
+    model = model.to(dtype)
     # to_empty would import sympy, which takes 0.3 s, because it calls empty_like on tensors of the meta device.
-    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=dtype, device=device))  # type: ignore[no-untyped-call]
+    model._apply(lambda old: torch.empty(old.shape, dtype=old.dtype, device=device))  # type: ignore[no-untyped-call]
     for buffer in model.buffers():  # the routers' biases
         buffer.zero_()
     if config.tie_embeddings:  # _apply makes two tensors of one
