@@ -33,6 +33,8 @@ from packspeed.launch.engine.build import build_engine
 
 WIDTH, VOCABULARY = 768, 50_304
 LARGEST = VOCABULARY * WIDTH * 4  # bytes of the embedding
+DATA = {"path": "unused", "seq_len": 16}
+TRAIN = {"steps": 10, "global_batch_tokens": 16, "precision": "fp32"}
 PHASES = ("save", "async save", "resume", "convert", "resume converted", "mirror")
 
 
@@ -70,8 +72,8 @@ def engine_of(layers: int, deepspeed: str, step: bool) -> Any:
         {
             "name": "bench",
             "model": {"n_layer": layers, "n_head": 12, "d_model": WIDTH, "bias": False},
-            "data": {"path": "unused", "seq_len": 16},
-            "train": {"steps": 10, "global_batch_tokens": 16, "precision": "fp32"},
+            "data": DATA,
+            "train": TRAIN,
         }
     )
     plan = solve_batch(run.global_batch, run.data.seq_len, Layout(), "auto")
@@ -103,7 +105,7 @@ def measure(phase: str, folder: Path, layers: int) -> int:
     if phase == "resume converted":
         return beside(lambda: reshard.load(newest, engine, topology, log), resume=True)
     section = CheckpointSection(async_write=phase == "async save", keep=1)
-    identity: Any = {"layout": {"zero_optimization": {}}}
+    identity: Any = {"layout": {"zero_optimization": {}}, "config": {"train": TRAIN, "data": DATA}}
     place = folder / "async" if phase == "async save" else checkpoints
     checkpointer = Checkpointer(place, engine, topology, section, identity, log)
     if phase == "resume":
