@@ -83,5 +83,5 @@ setup(
         ],
         "dev": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-psutil"],
     },
-    entry_points={"console_scripts": ["packspeed=packspeed.launch.cli:main"]},
+    entry_points={"console_scripts": ["packspeed=packspeed.launch.cli:command"]},
 )

@@ -15,13 +15,14 @@ import importlib
 import io
 import os
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from packspeed.data.errors import PackspeedError
 from packspeed.data.storage.open_files import raise_open_file_limit
+from packspeed.launch.process_end import end_process
 
 
 class Target(NamedTuple):
@@ -116,6 +117,15 @@ app = typer.Typer(cls=CommandTable, no_args_is_help=True, add_completion=False, 
 @app.callback()
 def packspeed() -> None:
     """Pretrain GPTs with DeepSpeed."""
+
+
+def command() -> NoReturn:
+    """Run the `packspeed` command as main() does, then end the process at once. The console script calls this."""
+    try:
+        main()
+    except SystemExit as ended:
+        end_process(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
+    end_process(0)
 
 
 def main() -> None:

@@ -9,19 +9,17 @@ imported, so that a typing error is reported in a fraction of a second.
 from __future__ import annotations
 
 import argparse
-import atexit
 import gc
 import os
 import platform
 import sys
-import threading
 import time
 from collections.abc import Sequence
-from typing import NoReturn
 
 from packspeed.data.errors import PackspeedError
 from packspeed.data.storage.open_files import raise_open_file_limit
 from packspeed.launch.config.unattended import continue_without_reader
+from packspeed.launch.process_end import end_process
 from packspeed.launch.training.signals import stop_while_starting
 
 
@@ -96,19 +94,6 @@ def _train(args: argparse.Namespace) -> int:
         return start_training(run, ds_config, dataset, args.fresh, log_filter, heartbeat)
 
 
-def _exit(code: int) -> NoReturn:
-    """Call the functions that are registered with atexit, then end the process with the exit code `code`.
-
-    The destructors of C++ libraries do not run, because they can abort the process if a thread of their library is
-    still running. A scheduler would then count a finished run as failed.
-    """
-    threading._shutdown()  # type: ignore[attr-defined]  # as Python's own end does first: it ends thread pools, too
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
     continue_without_reader()
-    _exit(main())
+    end_process(main())

@@ -232,11 +232,11 @@ def test_members_of_enumerations_are_read_from_every_python(tmp_path: Path, owne
 def test_a_rank_ends_although_a_pool_of_threads_is_open() -> None:
     """torch's compiler keeps one. Its idle threads end only if Python tells them to."""
     code = (
-        "import concurrent.futures, atexit, packspeed.launch.train as train\n"
+        "import concurrent.futures, atexit\nfrom packspeed.launch.process_end import end_process\n"
         "pool = concurrent.futures.ThreadPoolExecutor(1)\n"
         "pool.submit(int).result()\n"
         "atexit.register(print, 'registered')\n"
-        "train._exit(7)\n"
+        "end_process(7)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (7, "registered\n"), done.stderr
