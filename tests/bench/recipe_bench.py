@@ -1,9 +1,10 @@
 """Compare a recipe with AdamW at five learning rates: python tests/bench/recipe_bench.py TOKENS [--steps 1000]
 
-TOKENS is a folder of `packspeed prepare`. The model, the data and the schedule are those of
-launch/configs/gpt_10m.yaml. AdamW trains for `--steps` steps with each learning rate, after a warm-up of a tenth of
-them, without which it is much slower. The recipe trains for as many steps as its file says. Every run is a whole
-command on one rank. Prints the validation loss, the steps, the seconds of all steps and the seconds of the command.
+TOKENS is a folder of `packspeed prepare`. The recipe is launch/configs/gpt_10m.yaml and trains for as many steps as
+that file says. AdamW trains for `--steps` steps with each learning rate, after a warm-up of a tenth of them, without
+which it is much slower. Its model has as many parameters as the recipe's (11 M), but no value embeddings and no cap on
+the logits; with --same-model it is the recipe's. Every run is a whole command on one rank. Prints the validation loss,
+the steps, the seconds of all steps and the seconds of the command.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from recipes import last_val_loss, metrics, run, training
 
+PLAIN = ["model.n_layer=7", "model.value_embeddings=null", "model.logit_softcap=null"]
 ADAMW = "train.optimizer={name: adamw, lr: %s, betas: [0.9, 0.95], weight_decay: 0.1}"
 
 
@@ -37,9 +39,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="steps of AdamW")
     parser.add_argument("--rates", nargs="+", default=["5e-4", "1e-3", "2e-3", "4e-3", "8e-3"], help="of AdamW")
     parser.add_argument("--set", nargs="*", default=[], help="overrides of every run, such as train.seed=2")
+    parser.add_argument("--same-model", action="store_true", help="train the recipe's model with AdamW, too")
     options = parser.parse_args()
     shared = [f"data.path={options.tokens.resolve()}", *options.set]
-    half = options.steps // 2
+    half, model = options.steps // 2, [] if options.same_model else PLAIN
     lengths = [
         f"train.steps={options.steps}",
         f"train.schedule.decay_steps={half}",
@@ -48,7 +51,8 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as scratch:
         losses = {
-            rate: train(f"adamw_{rate}", Path(scratch), [*shared, *lengths, ADAMW % rate]) for rate in options.rates
+            rate: train(f"adamw_{rate}", Path(scratch), [*shared, *lengths, *model, ADAMW % rate])
+            for rate in options.rates
         }
         print(f"the best of AdamW: {min(losses.values()):.4f}", flush=True)
         train("recipe", Path(scratch), shared)
