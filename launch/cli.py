@@ -1,7 +1,7 @@
 """The `packspeed` command: a table of commands, whose modules are imported when the command runs.
 
 COMMANDS maps the words of a command to its function and to one line of help. `packspeed --help` prints these lines and
-imports none of the modules, so it takes 0.2 s; importing torch and DeepSpeed would take 2 to 4 s.
+imports none of the modules, so it takes 0.2 s; importing torch and DeepSpeed would take 2 s.
 tests/test_commands.py checks that the lines of help equal the docstrings of the functions.
 
 Exit codes: 0 = done, 1 = failed, 2 = wrong usage or config, 75 = saved and stopped by a signal (repeat the command).
