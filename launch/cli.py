@@ -120,10 +120,15 @@ def packspeed() -> None:
 
 
 def command() -> NoReturn:
-    """Run the `packspeed` command as main() does, then end the process at once. The console script calls this."""
+    """Run the `packspeed` command as main() does, then end the process at once. The console script calls this.
+
+    After an exception that main() does not handle, Python ends the process, with a traceback.
+    """
     try:
         main()
     except SystemExit as ended:
+        if isinstance(ended.code, str) and sys.stderr is not None:
+            print(ended.code, file=sys.stderr)
         end_process(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
     end_process(0)
 
@@ -143,7 +148,6 @@ def main() -> None:
         try:
             app()
         finally:
-            gc.freeze()  # spares the interpreter a search for garbage when it exits
             sys.stdout.flush()  # a full disk or a closed pipe must raise here, not when the interpreter exits
     except PackspeedError as error:
         print(f"error: {error}", file=sys.stderr)

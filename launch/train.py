@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A PackspeedError is caught; rank 0 prints it as one paragraph.
     """
-    stop_while_starting()  # before the other imports, which take up to ten seconds
+    stop_while_starting()  # before the other imports, which take seconds
     raise_open_file_limit()
     args = parse_args(argv)
     try:
@@ -86,7 +86,8 @@ def _train(args: argparse.Namespace) -> int:
         # This import loads torch and DeepSpeed, which takes seconds. Errors in the files have been reported before.
         if heartbeat:
             heartbeat("importing")
-        gc.disable()  # imports leave little garbage, and looking for it takes a fifth of their time
+        # Looking for garbage while importing takes a fifth of the time, and there is little.
+        gc.disable()
         from packspeed.launch.training.startup import start_training
 
         gc.freeze()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -240,6 +241,22 @@ def test_a_rank_ends_although_a_pool_of_threads_is_open() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (7, "registered\n"), done.stderr
+
+
+@pytest.mark.parametrize("closed", ["", " 2>&-", " >&- 2>&-"])
+@pytest.mark.parametrize(("raised", "code"), [("None", 0), ("3", 3), ("'why'", 1)])
+def test_the_console_script_ends_with_the_code_of_the_command(raised: str, code: int, closed: str) -> None:
+    """Also if stdout and stderr are closed, as they can be under a scheduler."""
+    text = (
+        "import sys, packspeed.launch.cli as cli\n"
+        f"cli.main = lambda: (print('printed'), sys.exit({raised})) if sys.stdout else sys.exit({raised})\n"
+        "cli.command()"
+    )
+    script = f"{shlex.quote(sys.executable)} -c {shlex.quote(text)}{closed}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert done.stdout == ("" if ">&- 2" in closed else "printed\n")
+    assert done.stderr == ("why\n" if raised == "'why'" and not closed else "")
 
 
 def test_free_ports_are_none_of_outgoing_connections() -> None:

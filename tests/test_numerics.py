@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -210,16 +210,19 @@ def test_a_model_built_in_its_dtype_has_the_bits_of_one_that_was_cast(
 def test_a_model_is_built_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Meta stands for a GPU: no parameter is ever on the host, where only the value that is drawn may be."""
     made: list[str] = []
-    empty = torch.empty
+    apply = GPT._apply
 
-    def recorded(*sizes: Any, **options: Any) -> torch.Tensor:
-        tensor = empty(*sizes, **options)
-        made.append(tensor.device.type)
-        return tensor
+    def recorded(self: GPT, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GPT:
+        def recording(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            made.append(result.device.type)
+            return result
 
-    monkeypatch.setattr(torch, "empty", recorded)
+        return cast(GPT, apply(self, recording, recurse))
+
+    monkeypatch.setattr(GPT, "_apply", recorded)
     built = model_on(torch.device("meta"), GPTConfig(**SMALL), 7, torch.bfloat16)
-    assert set(made[: len(list(built.parameters()))]) == {"meta"}, "what is drawn follows"
+    assert set(made) == {"meta"}
     assert {(p.device.type, p.dtype) for p in built.parameters()} == {("meta", torch.bfloat16)}
 
 

@@ -222,6 +222,7 @@ def test_a_run_that_compiles_nothing_imports_no_compiler(workspace: Workspace, s
 
 
 def test_a_run_that_compiles_has_the_compiler_as_torch_made_it() -> None:
+    assert len(list(wrapped_functions())) == 7
     with compiler_only_if(False, "cpu"):
         assert all(getattr(function, CALLED) is function for function in wrapped_functions())
         assert torch.compiler.disable(described) is described

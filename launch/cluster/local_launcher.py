@@ -32,7 +32,7 @@ from packspeed.launch.config.unattended import SIGNALS
 from packspeed.launch.run_folder.heartbeat import LAUNCHER
 
 # The command packspeed of this environment, also if its folder is not in PATH.
-PACKSPEED = (sys.executable, "-c", "from packspeed.launch.cli import main; main()")
+PACKSPEED = (sys.executable, "-c", "from packspeed.launch.cli import command; command()")
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 

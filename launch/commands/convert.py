@@ -1,6 +1,6 @@
 """`packspeed export` and `packspeed import`: convert models to and from the formats of other projects.
 
-Some imports are inside the functions, because they load torch, which takes 2 to 4 s. --help and usage errors come
+Some imports are inside the functions, because they load torch, which takes 1 s. --help and usage errors come
 without that delay.
 """
 

@@ -1,6 +1,6 @@
 """`packspeed generate`: generate text with a checkpoint.
 
-Some imports are inside the function, because they load torch, which takes 2 to 4 s. --help and usage errors come
+Some imports are inside the function, because they load torch, which takes 1 s. --help and usage errors come
 without that delay.
 """
 

@@ -1,6 +1,6 @@
 """`packspeed ops build`: compile DeepSpeed's ops before the first run needs them.
 
-Some imports are inside the function, because they load torch and DeepSpeed, which takes 4 s. --help comes without that
+Some imports are inside the function, because they load torch and DeepSpeed, which takes 2 s. --help comes without that
 delay.
 """
 

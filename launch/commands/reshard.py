@@ -1,6 +1,6 @@
 """`packspeed reshard`: convert a checkpoint before it is resumed in another layout.
 
-One import is inside the function, because it loads torch, which takes 2 to 4 s. --help comes without that delay.
+One import is inside the function, because it loads torch, which takes 1 s. --help comes without that delay.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def prepare_for_ops() -> None:
     """Prepare this process for DeepSpeed's compiled ops. Call it before the first op is loaded.
 
     Sets TORCH_EXTENSIONS_DIR to this Python environment's build folder, puts the environment's ninja first in PATH, and
-    makes py-cpuinfo cache its result.
+    makes py-cpuinfo read /proc/cpuinfo and remember the result.
     """
     remember_cpu_name()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_root() / environment_name())

@@ -31,6 +31,8 @@ def preload(*names: str) -> None:
     os.environ[NVML_CHECK] = "1"
     for name in (*names, *LATE):
         importlib.import_module(name)
+    import cpuinfo
+
     from packspeed.launch.engine.ops import device_type, prepare_for_ops
     from packspeed.launch.engine.patches.check import check_loaded, check_sources
     from packspeed.launch.engine.patches.compiler_imports import import_late_modules
@@ -39,6 +41,7 @@ def preload(*names: str) -> None:
     check_loaded()
     import_late_modules(device_type())
     prepare_for_ops()
+    cpuinfo.get_cpu_info()  # takes a second on some CPUs, and is remembered
 
 
 def why_not_forkable() -> str:

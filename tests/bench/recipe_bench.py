@@ -2,9 +2,9 @@
 
 TOKENS is a folder of `packspeed prepare`. The recipe is launch/configs/gpt_10m.yaml and trains for as many steps as
 that file says. AdamW trains for `--steps` steps with each learning rate, after a warm-up of a tenth of them, without
-which it is much slower. Its model has as many parameters as the recipe's (11 M), but no value embeddings and no cap on
-the logits; with --same-model it is the recipe's. Every run is a whole command on one rank. Prints the validation loss,
-the steps, the seconds of all steps and the seconds of the command.
+which it is much slower. Its model has about as many parameters as the recipe's (11 M), but no value embeddings and no
+cap on the logits; with --same-model it is the recipe's. Every run is a whole command on one rank. Prints the validation
+loss, the steps, the seconds of all steps and the seconds of the command.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as scratch:
         losses = {
-            rate: train(f"adamw_{rate}", Path(scratch), [*shared, *lengths, *model, ADAMW % rate])
+            rate: train(f"adamw_{rate}", Path(scratch), [*model, *lengths, *shared, ADAMW % rate])
             for rate in options.rates
         }
         print(f"the best of AdamW: {min(losses.values()):.4f}", flush=True)

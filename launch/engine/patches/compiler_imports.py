@@ -2,14 +2,15 @@
 
 Why        DeepSpeed's engine imports its own Muon, to find out whether the optimizer is one. That import decorates
            functions with torch.compile, which imports dynamo and inductor. The methods of torch's Optimizer and
-           DeepSpeed's ZeRO-3 hooks import dynamo in their first call, only to tell it not to trace them. On CPUs too,
-           the engine imports DeepSpeed's MoE layer, which imports triton.
-Version    DeepSpeed 0.19.8: is_zero_supported_optimizer of runtime/zero/utils.py, compile of runtime/compiler.py, the
-           hooks of runtime/zero/parameter_offload.py and ops/triton_ops/_triton.py. torch 2.13.0: _compile.py.
+           of ZeRO-3's coordinator import dynamo in their first call, and ZeRO-3's hooks when they are registered, only
+           to tell it not to trace them. On CPUs too, the engine imports DeepSpeed's MoE layer, which imports triton.
+Version    DeepSpeed 0.19.8: is_zero_supported_optimizer of runtime/zero/utils.py, compile of runtime/compiler.py,
+           runtime/zero/partitioned_param_coordinator.py, the hooks of runtime/zero/parameter_offload.py and
+           ops/triton_ops/_triton.py. torch 2.13.0: _compile.py and optim/optimizer.py.
 Upstream   No thread is known.
 Without    The numbers are the same, but every rank starts two seconds later and needs 0.1 GB more.
 
-Runs that recompute activations import dynamo all the same, because torch's checkpoint() reads one of its settings.
+Runs that recompute activations import dynamo all the same, because torch's checkpoint() uses it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from deepspeed.runtime import compiler
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-from packspeed.launch.engine.patches.replace import replace
+from packspeed.launch.engine.patches.replace import replace, require
 
 # The engine imports MuonWithAuxAdam from the first of these modules, and ReplacementSourceMap from the second.
 LATE = ("deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.module_inject.auto_ep_layer")
@@ -47,7 +48,8 @@ CALLED = "__dynamo_disable"
 def compiler_only_if(compiles: bool, device: str) -> Iterator[None]:
     """Context manager in which an engine is built. It imports torch's compiler only if `compiles` is True.
 
-    `device` is the engine's device type ("cpu", "cuda"). What compiles later in the same process works as always.
+    `device` is the engine's device type ("cpu", "cuda"). An engine that compiles can be built later in the same
+    process. The model of an engine that was built with `compiles` False must not be compiled.
     """
     if compiles:
         for function in wrapped_functions():
@@ -57,8 +59,9 @@ def compiler_only_if(compiles: bool, device: str) -> Iterator[None]:
         return
     import_late_modules(device)
     for function in wrapped_functions():
-        setattr(function, CALLED, function)
-    disable = replace(torch.compiler, "disable", lambda function=None, **_: function or (lambda inner: inner))
+        if getattr(function, CALLED, None) is None:
+            setattr(function, CALLED, function)
+    disable = replace(torch.compiler, "disable", unchanged)
     try:
         yield
     finally:
@@ -66,13 +69,10 @@ def compiler_only_if(compiles: bool, device: str) -> Iterator[None]:
 
 
 def wrapped_functions() -> Iterator[Callable[..., Any]]:
-    """Yield the functions that torch._disable_dynamo has wrapped and that training calls, without their wrappers.
-
-    Names that these versions of torch and DeepSpeed do not have are left out.
-    """
+    """Yield the functions that torch._disable_dynamo has wrapped and that training calls, without their wrappers."""
     for owner, names in WRAPPED.items():
         for name in names:
-            function = getattr(owner, name, None)
+            function = require(owner, name)
             while function := getattr(function, "__wrapped__", None):
                 yield function
 
@@ -89,6 +89,11 @@ def import_late_modules(device: str) -> None:
         replace(compiler, "compile", compile_)
         for name in hidden:
             del sys.modules[name]
+
+
+def unchanged(fn: Any = None, recursive: bool = True, *, reason: str | None = None) -> Any:
+    """Stand in for torch.compiler.disable, as a decorator with or without arguments: return the function itself."""
+    return (lambda function: function) if fn is None else fn
 
 
 def compiled_in_first_call(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,8 +1,8 @@
 """Read the description of the CPU from /proc/cpuinfo, once per process.
 
 Why        DeepSpeed asks py-cpuinfo several times before it loads an op. Each call starts a process, which asks several
-           programs and measures the clock of the CPU, and takes 1.1 s. DeepSpeed reads the architecture, the vendor and
-           the flags of the answer, which py-cpuinfo takes from /proc/cpuinfo if that has them.
+           programs and measures the clock of the CPU, and takes 1.1 s. DeepSpeed reads the architecture, which is
+           platform.machine(), and the vendor and the flags, which are in /proc/cpuinfo on x86. ARM's has no vendor.
 Version    DeepSpeed 0.19.8 (op_builder/builder.py, ops/adam/cpu_adam.py) with py-cpuinfo 9.0.
 Upstream   No thread is known.
 Without    A run takes a few seconds longer to start.

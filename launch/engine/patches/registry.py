@@ -363,6 +363,13 @@ BUILDERS: tuple[Row, ...] = (
     ("deepspeed/runtime/compiler.py", MODULE, COMPILER, {
         "compile()": "replaced: while DeepSpeed's Muon is imported, by a function that compiles later",
     }),
+    ("deepspeed/runtime/zero/partitioned_param_coordinator.py", "PartitionedParameterCoordinator", COMPILER, {
+        "reset_step": "set: the function inside is called without dynamo",
+        "fetch_sub_module": "set: the function inside is called without dynamo",
+    }),
+    ("deepspeed/runtime/zero/partitioned_param_coordinator.py", TEXT, COMPILER, {
+        "def __release_param(self, param: Parameter": "set: the function inside is called without dynamo",
+    }),
     ("deepspeed/runtime/zero/muon/muon_optimizer.py", MODULE, COMPILER, {
         "MuonWithAuxAdam": "read: the engine imports this class, and with it torch's compiler",
     }),
@@ -434,6 +441,12 @@ TORCH: tuple[Row, ...] = (
     }),
     ("torch/_compile.py", TEXT, COMPILER, {
         'getattr(fn, "__dynamo_disable", None)': "set: to the function itself, so that dynamo is not imported",
+    }),
+    ("torch/optim/optimizer.py", "Optimizer", COMPILER, {
+        "add_param_group": "set: the function inside is called without dynamo",
+        "zero_grad": "set: the function inside is called without dynamo",
+        "state_dict": "set: the function inside is called without dynamo",
+        "load_state_dict": "set: the function inside is called without dynamo",
     }),
     ("torch/compiler/__init__.py", MODULE, COMPILER, {
         "disable(fn, recursive, *, reason)": "replaced: while an engine is built that compiles nothing",
