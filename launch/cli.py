@@ -22,7 +22,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from packspeed.data.errors import PackspeedError
 from packspeed.data.storage.open_files import raise_open_file_limit
-from packspeed.launch.process_end import end_process
+from packspeed.launch.config.unattended import end_process
 
 
 class Target(NamedTuple):

@@ -18,8 +18,7 @@ from collections.abc import Sequence
 
 from packspeed.data.errors import PackspeedError
 from packspeed.data.storage.open_files import raise_open_file_limit
-from packspeed.launch.config.unattended import continue_without_reader
-from packspeed.launch.process_end import end_process
+from packspeed.launch.config.unattended import continue_without_reader, end_process
 from packspeed.launch.training.signals import stop_while_starting
 
 

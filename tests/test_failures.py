@@ -233,7 +233,7 @@ def test_members_of_enumerations_are_read_from_every_python(tmp_path: Path, owne
 def test_a_rank_ends_although_a_pool_of_threads_is_open() -> None:
     """torch's compiler keeps one. Its idle threads end only if Python tells them to."""
     code = (
-        "import concurrent.futures, atexit\nfrom packspeed.launch.process_end import end_process\n"
+        "import concurrent.futures, atexit\nfrom packspeed.launch.config.unattended import end_process\n"
         "pool = concurrent.futures.ThreadPoolExecutor(1)\n"
         "pool.submit(int).result()\n"
         "atexit.register(print, 'registered')\n"

@@ -222,7 +222,10 @@ def test_a_run_that_compiles_nothing_imports_no_compiler(workspace: Workspace, s
 
 
 def test_a_run_that_compiles_has_the_compiler_as_torch_made_it() -> None:
-    assert len(list(wrapped_functions())) == 7
+    functions = list(wrapped_functions())
+    assert len(functions) == 7
+    for function in functions:  # if this process has imported dynamo, it made another one of each
+        vars(function).pop(CALLED, None)
     with compiler_only_if(False, "cpu"):
         assert all(getattr(function, CALLED) is function for function in wrapped_functions())
         assert torch.compiler.disable(described) is described
