@@ -552,6 +552,26 @@ def test_beats_survive_being_read_at_any_time(tmp_path: Path, monkeypatch: pytes
     assert last_beat(launch, 7) is None
 
 
+def test_the_first_phase_of_training_is_in_the_run_folder_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that freezes in its first second of training must not seem to start still."""
+    monkeypatch.setenv(LAUNCH_ID, f"test-{os.getpid()}")
+    monkeypatch.setattr(heartbeat, "SHARED_S", 1000)
+    writer = Heartbeat(tmp_path, 7, "node-9", 0)
+    writer("building")
+    deadline = time.monotonic() + 10
+    while not read_beats(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.01)  # the thread writes the first beat, and then sleeps
+    assert read_beats(tmp_path)[7].starting
+    writer("other", "building")
+    assert read_beats(tmp_path)[7].phase == "building", "it waits for a rank that builds"
+    writer("forward")
+    writer("backward")
+    assert read_beats(tmp_path)[7].phase == "forward", "only the first is written at once"
+    remove_local_beats(f"test-{os.getpid()}")
+
+
 def test_what_hosts_have_in_common_is_found_in_linear_time() -> None:
     hosts = [Host(f"node-{i}", 8) for i in range(1024)]
     plan = LaunchPlan([PlannedHost(host, 8 * i, "10.0.0.1", "eth0") for i, host in enumerate(hosts)], 29500, {})

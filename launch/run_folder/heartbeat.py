@@ -4,10 +4,11 @@
     logs/rank-3.log      stdout and stderr of the rank; rank 0 also prints to the console
     logs/rank-3.stack    the stacks of all threads, which faulthandler writes on SIGUSR2
 
-The run folder is usually on a disk that all hosts share, so it is written at most once a second. A file in the memory
-of the rank's own host has every change of phase and every collective, so that its agent can report where a dead rank
-was (last_beat). Collectives are known only on CPUs. On GPUs, where they are asynchronous, only phases are known. Cost:
-8 us per change of phase. A step has about ten.
+The run folder is usually on a disk that all hosts share, so it is written at most once a second. Only the end of the
+phases before training is written at once: a rank that froze in its first second of training would otherwise seem to
+start still, for which it may take minutes. A file in the memory of the rank's own host has every change of phase and
+every collective, so that its agent can report where a dead rank was (last_beat). Collectives are known only on CPUs. On
+GPUs, where they are asynchronous, only phases are known. Cost: 8 us per change of phase. A step has about ten.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Heartbeat:
         with contextlib.suppress(OSError):
             self._local = os.open(_local_path(os.environ.get(LAUNCH_ID, ""), rank), os.O_RDWR | os.O_CREAT, 0o600)
         self._shared = os.open(logs / f"rank-{rank}.beat", os.O_RDWR | os.O_CREAT, 0o644)
-        self.step, self._count = step, 0
+        self.step, self._count, self._starting = step, 0, True
         self._line, self._changed = b"", threading.Event()
         # A thread, because a rank that hangs must still write where it hangs.
         threading.Thread(target=self._copy_to_shared, name="packspeed-beat", daemon=True).start()
@@ -96,6 +97,10 @@ class Heartbeat:
         self._line = line.ljust(BEAT_BYTES - 1).encode() + b"\n"
         with contextlib.suppress(OSError):
             os.pwrite(self._local, self._line, 0)
+        began, self._starting = self._starting, phase in STARTING or collective in STARTING
+        if began and not self._starting:
+            with contextlib.suppress(OSError):
+                os.pwrite(self._shared, self._line, 0)
         self._changed.set()
 
     def _copy_to_shared(self) -> None:
