@@ -227,10 +227,10 @@ def test_a_run_that_compiles_has_the_compiler_as_torch_made_it() -> None:
     for function in functions:  # if this process has imported dynamo, it made another one of each
         vars(function).pop(CALLED, None)
     with compiler_only_if(False, "cpu"):
-        assert all(getattr(function, CALLED) is function for function in wrapped_functions())
+        assert all(getattr(function, CALLED) is function for function in functions)
         assert torch.compiler.disable(described) is described
     with compiler_only_if(True, "cpu"):
-        assert not any(getattr(function, CALLED, None) is function for function in wrapped_functions())
+        assert not any(getattr(function, CALLED, None) is function for function in functions)
         assert torch.compiler.disable(described) is not described
 
 

@@ -43,8 +43,9 @@ def end_process(code: int) -> NoReturn:
     threading._shutdown()  # type: ignore[attr-defined]  # as Python's own end does first: it ends thread pools, too
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: None, as it was closed
-            stream.flush()
+        if stream is not None:  # the process may have been started with a closed stdout or stderr
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
     os._exit(code)
 
 

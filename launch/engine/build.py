@@ -174,18 +174,17 @@ def build_engine(
     and the caller must load a checkpoint. `topology` is needed if ranks share weights or experts (parallel.tensor,
     parallel.expert). A collective: every rank must call it.
     """
-    compiles = config.kernels == "compile" or wants_deepcompile(ds_config, device_type())
-    with compiler_only_if(compiles, device_type()):
-        return _build_engine(config, run, ds_config, draw, topology)
+    deepcompile = wants_deepcompile(ds_config, device_type())
+    with compiler_only_if(deepcompile or config.kernels == "compile", device_type()):
+        return _build_engine(config, run, ds_config, draw, topology, deepcompile)
 
 
 def _build_engine(
-    config: GPTConfig, run: RunFile, ds_config: DsConfig, draw: bool, topology: Topology | None
+    config: GPTConfig, run: RunFile, ds_config: DsConfig, draw: bool, topology: Topology | None, deepcompile: bool
 ) -> Engine:
-    """Return the engine of build_engine."""
+    """Return the engine of build_engine. `deepcompile`: whether DeepCompile compiles the model."""
     seed = run.train.seed if draw else None
     ds_config = with_own_swap_folders(ds_config, run.folder, dist.get_rank())
-    deepcompile = wants_deepcompile(ds_config, device_type())
     # Packspeed itself uses no global random generator. A library may, and must then get the same numbers in every run.
     torch.manual_seed(run.train.seed)
     # MKL's vector functions (exp, log, cos ...) choose their code path in their first call. If two threads make that

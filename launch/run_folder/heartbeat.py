@@ -67,8 +67,13 @@ class Beat:
     @property
     def starting(self) -> bool:
         """Whether the rank has not begun to train: its phase is in STARTING, or it waits for a rank whose phase is."""
-        # A rank that waits for work shared by all ranks gives that work as its collective (engine/shared_work.py).
-        return self.phase in STARTING or self.collective in STARTING
+        return is_start(self.phase, self.collective)
+
+
+def is_start(phase: str, collective: str) -> bool:
+    """Return whether a rank with this phase and collective has not begun to train, as Beat.starting says."""
+    # A rank that waits for work shared by all ranks gives that work as its collective (engine/shared_work.py).
+    return phase in STARTING or collective in STARTING
 
 
 class Heartbeat:
@@ -95,12 +100,10 @@ class Heartbeat:
         line = json.dumps(self._head | {"phase": phase, "collective": collective, "step": self.step,
                                         "count": self._count, "time": time.time()})  # fmt: skip
         self._line = line.ljust(BEAT_BYTES - 1).encode() + b"\n"
-        with contextlib.suppress(OSError):
-            os.pwrite(self._local, self._line, 0)
-        began, self._starting = self._starting, phase in STARTING or collective in STARTING
-        if began and not self._starting:
-            with contextlib.suppress(OSError):
-                os.pwrite(self._shared, self._line, 0)
+        self._write(self._local)
+        before, self._starting = self._starting, is_start(phase, collective)
+        if before and not self._starting:
+            self._write(self._shared)
         self._changed.set()
 
     def _copy_to_shared(self) -> None:
@@ -111,9 +114,13 @@ class Heartbeat:
         while True:
             self._changed.wait()
             self._changed.clear()
-            with contextlib.suppress(OSError):
-                os.pwrite(self._shared, self._line, 0)
+            self._write(self._shared)
             time.sleep(SHARED_S)
+
+    def _write(self, file: int) -> None:
+        """Write the newest heartbeat to a file, given by its descriptor."""
+        with contextlib.suppress(OSError):
+            os.pwrite(file, self._line, 0)
 
 
 def _local_path(launch_id: str, rank: int | str) -> Path:

@@ -30,10 +30,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-LOADED = (
-    "packspeed.launch.train", "packspeed.launch.training.startup", "packspeed.launch.run_folder.phase_timer",
-    "deepspeed.ops.op_builder.all_ops", "torch.utils.tensorboard",
-)  # fmt: skip
+LOADED = ("packspeed.launch.train", "packspeed.launch.training.startup", "packspeed.launch.run_folder.phase_timer")
 
 
 class Processes:
@@ -164,13 +161,7 @@ def main() -> None:
     """Serve requests until stdin ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print must not be taken for an answer
-    for name in LOADED:
-        importlib.import_module(name)
-    ops = importlib.import_module("packspeed.launch.engine.ops")
-    compiler_imports = importlib.import_module("packspeed.launch.engine.patches.compiler_imports")
-    compiler_imports.import_late_modules(ops.device_type())
-    ops.prepare_for_ops()
-    importlib.import_module("cpuinfo").get_cpu_info()  # which is remembered from now on
+    importlib.import_module("packspeed.launch.engine.preload").preload(*LOADED)
     gc.freeze()  # collections in the children need not look at all that
     for line in sys.stdin:
         request, pids = json.loads(line), []

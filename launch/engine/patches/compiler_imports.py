@@ -72,9 +72,7 @@ def wrapped_functions() -> Iterator[Callable[..., Any]]:
     """Yield the functions that torch._disable_dynamo has wrapped and that training calls, without their wrappers."""
     for owner, names in WRAPPED.items():
         for name in names:
-            function = require(owner, name)
-            while function := getattr(function, "__wrapped__", None):
-                yield function
+            yield require(owner, name).__wrapped__
 
 
 def import_late_modules(device: str) -> None:

@@ -18,23 +18,23 @@ import cpuinfo
 
 from packspeed.launch.engine.patches.replace import replace, require
 
+ORIGINAL = require(cpuinfo, "get_cpu_info")
+
 
 def remember_cpu_name() -> None:
-    """Replace cpuinfo.get_cpu_info by a fast, cached version for the rest of the process.
+    """Replace cpuinfo.get_cpu_info by read_cpu_info for the rest of the process."""
+    replace(cpuinfo, "get_cpu_info", read_cpu_info)
 
-    Without /proc/cpuinfo, or if it lacks what DeepSpeed reads, the original function is called, once.
+
+@functools.cache
+def read_cpu_info() -> dict[str, Any]:
+    """Return what DeepSpeed reads of the CPU's description, from /proc/cpuinfo.
+
+    Without that file, or if it lacks something, return what py-cpuinfo's own function returns.
     """
-    original = require(cpuinfo, "get_cpu_info")
-    if hasattr(original, "cache_info"):
-        return
-
-    @functools.cache
-    def get_cpu_info() -> dict[str, Any]:
-        found = require(cpuinfo.cpuinfo, "_get_cpu_info_from_proc_cpuinfo")()
-        if not {"flags", "vendor_id_raw"} <= found.keys():
-            info: dict[str, Any] = original()
-            return info
+    found: dict[str, Any] = require(cpuinfo.cpuinfo, "_get_cpu_info_from_proc_cpuinfo")()
+    if {"flags", "vendor_id_raw"} <= found.keys():
         arch, bits = require(cpuinfo.cpuinfo, "_parse_arch")(platform.machine())
         return {"arch": arch, "bits": bits, **found}
-
-    replace(cpuinfo, "get_cpu_info", get_cpu_info)
+    info: dict[str, Any] = ORIGINAL()
+    return info

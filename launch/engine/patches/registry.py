@@ -360,22 +360,6 @@ BUILDERS: tuple[Row, ...] = (
             "read: an op that the table calls incompatible is not built",
         "return torch.ops.deepspeed.inference_all_reduce_(tensor)": "read: the op's only use",
     }),
-    ("deepspeed/runtime/compiler.py", MODULE, COMPILER, {
-        "compile()": "replaced: while DeepSpeed's Muon is imported, by a function that compiles later",
-    }),
-    ("deepspeed/runtime/zero/partitioned_param_coordinator.py", "PartitionedParameterCoordinator", COMPILER, {
-        "reset_step": "set: the function inside is called without dynamo",
-        "fetch_sub_module": "set: the function inside is called without dynamo",
-    }),
-    ("deepspeed/runtime/zero/partitioned_param_coordinator.py", TEXT, COMPILER, {
-        "def __release_param(self, param: Parameter": "set: the function inside is called without dynamo",
-    }),
-    ("deepspeed/runtime/zero/muon/muon_optimizer.py", MODULE, COMPILER, {
-        "MuonWithAuxAdam": "read: the engine imports this class, and with it torch's compiler",
-    }),
-    ("deepspeed/module_inject/auto_ep_layer.py", MODULE, COMPILER, {
-        "ReplacementSourceMap": "read: the engine imports this class, and with it triton",
-    }),
     ("deepspeed/utils/groups.py", MODULE, "engine/mpu.py", {
         "mpu": "replaced: the groups of the last engine, which the next engine of a process would use",
     }),
@@ -439,18 +423,6 @@ TORCH: tuple[Row, ...] = (
     ("torch/utils/cpp_extension.py", MODULE, OPS, {
         "_get_build_directory(name, verbose)": "called: returns the folder in which a build has its lock file",
     }),
-    ("torch/_compile.py", TEXT, COMPILER, {
-        'getattr(fn, "__dynamo_disable", None)': "set: to the function itself, so that dynamo is not imported",
-    }),
-    ("torch/optim/optimizer.py", "Optimizer", COMPILER, {
-        "add_param_group": "set: the function inside is called without dynamo",
-        "zero_grad": "set: the function inside is called without dynamo",
-        "state_dict": "set: the function inside is called without dynamo",
-        "load_state_dict": "set: the function inside is called without dynamo",
-    }),
-    ("torch/compiler/__init__.py", MODULE, COMPILER, {
-        "disable(fn, recursive, *, reason)": "replaced: while an engine is built that compiles nothing",
-    }),
     ("torch/utils/_pytree.py", MODULE, "checkpoint/writer.py", {"tree_map": "called: copies nested states"}),
     ("torch/distributed/distributed_c10d.py", MODULE, "engine/shared_work.py", {
         "_get_default_store()": "called: the store of the process group, in which the ranks count their progress",
@@ -463,6 +435,35 @@ TORCH: tuple[Row, ...] = (
     }),
 )  # fmt: skip
 
+# The wrappers of these functions import dynamo in their first call.
+DIRECT = "set: the function inside is called without dynamo"
+
+COMPILERS: tuple[Row, ...] = (
+    ("torch/_compile.py", TEXT, COMPILER, {
+        'getattr(fn, "__dynamo_disable", None)': "set: to the function itself, so that dynamo is not imported",
+    }),
+    ("torch/optim/optimizer.py", "Optimizer", COMPILER, dict.fromkeys(
+        ("add_param_group", "zero_grad", "state_dict", "load_state_dict"), DIRECT
+    )),
+    ("deepspeed/runtime/zero/partitioned_param_coordinator.py", "PartitionedParameterCoordinator", COMPILER,
+        dict.fromkeys(("reset_step", "fetch_sub_module"), DIRECT)),
+    ("deepspeed/runtime/zero/partitioned_param_coordinator.py", TEXT, COMPILER, {
+        "def __release_param(self, param: Parameter": DIRECT,
+    }),
+    ("torch/compiler/__init__.py", MODULE, COMPILER, {
+        "disable(fn, recursive, *, reason)": "replaced: while an engine is built that compiles nothing",
+    }),
+    ("deepspeed/runtime/compiler.py", MODULE, COMPILER, {
+        "compile()": "replaced: while DeepSpeed's Muon is imported, by a function that compiles later",
+    }),
+    ("deepspeed/runtime/zero/muon/muon_optimizer.py", MODULE, COMPILER, {
+        "MuonWithAuxAdam": "read: the engine imports this class, and with it torch's compiler",
+    }),
+    ("deepspeed/module_inject/auto_ep_layer.py", MODULE, COMPILER, {
+        "ReplacementSourceMap": "read: the engine imports this class, and with it triton",
+    }),
+)  # fmt: skip
+
 
 def _internals(*tables: tuple[Row, ...]) -> Iterator[Internal]:
     """Yield one Internal for each name in the tables."""
@@ -472,4 +473,4 @@ def _internals(*tables: tuple[Row, ...]) -> Iterator[Internal]:
                 yield Internal(file, where, name, used_by, why)
 
 
-REGISTRY = tuple(_internals(ENGINE, OPTIMIZERS, BUILDERS, CHECKPOINT_FILES, NODE_LAUNCHER, TORCH))
+REGISTRY = tuple(_internals(ENGINE, OPTIMIZERS, BUILDERS, CHECKPOINT_FILES, NODE_LAUNCHER, TORCH, COMPILERS))
