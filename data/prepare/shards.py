@@ -1,8 +1,8 @@
 """Write the documents of one split as shards: pairs of files `train-00000.bin` and `train-00000.idx`.
 
 A shard ends with the document that fills it, so a document is never in two shards. The hash of a file is computed while
-it is written. Both files are fsynced and renamed. Their names become durable when the manifest is written at the end,
-because that syncs the folder.
+it is written, and a thread syncs its data every 8 MiB, so that the fsync at its end is short. Both files are fsynced
+and renamed. Their names become durable when the manifest is written at the end, because that syncs the folder.
 Cost: 0.3 s per gigabyte for hashes and copies. Memory: 4 bytes for each document of the current shard.
 """
 
@@ -12,15 +12,16 @@ import contextlib
 import itertools
 from array import array
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from packspeed.data.errors import DataError
-from packspeed.data.storage.atomic import WRITEBACK_BYTES, rename_temporary, start_writeback, sync_stream, temporary
+from packspeed.data.storage.atomic import SYNC_BYTES, rename_temporary, sync_data, sync_stream, temporary
 from packspeed.data.storage.hashing import hash_file
 from packspeed.data.storage.manifest import Shard, Tokens
 from packspeed.data.storage.mmidx import LONGEST_TOKENS, index_bytes, write_index
@@ -48,7 +49,8 @@ class ShardWriter:
         self.itemsize = np.dtype(dtype).itemsize
         self._done: list[Shard] = []
         self._bin: IO[bytes] | None = None
-        self._unwritten = 0
+        self._pool, self._syncing = ThreadPoolExecutor(1, "packspeed-sync"), cast(Future[None] | None, None)
+        self._unsynced = 0
 
     def add(self, tokens: Tokens) -> None:
         """Write one document. tokens (n,): its ids, with EOT at the end."""
@@ -99,10 +101,10 @@ class ShardWriter:
         for chunk in chunks:
             self._bin.write(chunk)
             self._hash.update(chunk)
-            self._unwritten += len(chunk)
-            if self._unwritten >= WRITEBACK_BYTES:
-                start_writeback(self._bin.fileno())
-                self._unwritten = 0
+            self._unsynced += len(chunk)
+            if self._unsynced >= SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+                self._syncing = self._pool.submit(sync_data, self._bin.fileno())
+                self._unsynced = 0
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
         self._tokens += int(lengths.sum())
         if self._tokens >= self._shard_tokens:
@@ -115,7 +117,8 @@ class ShardWriter:
         return self._done
 
     def abandon(self) -> None:
-        """Close the file of an unfinished shard after an error. Does nothing after `close`."""
+        """Close the file of an unfinished shard after an error, and end the thread. Call it after `close`, too."""
+        self._pool.shutdown()
         if self._bin is not None:
             with contextlib.suppress(OSError):  # if the disk is full, closing fails too
                 self._bin.close()
@@ -126,7 +129,7 @@ class ShardWriter:
         path = temporary(self._path(".bin"))
         self._bin = open(path, "wb", buffering=WRITE_BUFFER_BYTES)  # noqa: SIM115  (_finish or abandon closes it)
         self._hash, self._lengths, self._tokens = xxhash.xxh3_128(), array("i"), 0
-        self._unwritten = 0
+        self._unsynced, self._syncing = 0, None
 
     def _path(self, suffix: str) -> Path:
         return self._folder / (self._name + suffix)
@@ -134,6 +137,8 @@ class ShardWriter:
     def _finish(self, stream: IO[bytes]) -> None:
         """Sync the current .bin file (`stream`), write its .idx file, and rename both to their final names."""
         with stream:
+            if self._syncing is not None:
+                self._syncing.result()
             sync_stream(stream)
         lengths = np.array(self._lengths, dtype=np.int32)
         with open(temporary(self._path(".idx")), "wb") as index:

@@ -3,26 +3,21 @@
 A rename inside one folder is atomic on every POSIX file system, so a reader sees the old file or the new file, never a
 part of one. After the fsync of the folder the new name survives a power failure.
 
-Use `write_file` for small files. For a large file, write to `temporary(path)` and call `start_writeback` every few
-megabytes, so that the kernel writes to the disk in the meantime and the fsync at the end is short. Then call
-`sync_stream`, `rename_temporary` and `sync` of the folder.
+Use `write_file` for small files. For a large file, write to `temporary(path)` and call `sync_data` every few megabytes,
+in another thread, so that the fsync at the end is short. Then call `sync_stream`, `rename_temporary` and `sync` of the
+folder.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
 TEMPORARY_SUFFIX = ".tmp"
 
 
-WRITEBACK_BYTES = 2**23  # callers of `start_writeback` should call it once per this many bytes
-
-
-_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+SYNC_BYTES = 2**23  # callers of `sync_data` should call it once per this many bytes
 
 
 def write_file(path: Path, content: bytes | str, *, durable: bool = True) -> None:
@@ -65,19 +60,6 @@ def sync_stream(stream: IO[bytes]) -> None:
     os.fsync(stream.fileno())
 
 
-def start_writeback(file: int) -> None:
-    """Make the kernel start to write a file's data to the disk, and return at once. Does nothing outside Linux.
-
-    file: a file descriptor.
-    """
-    sync_file_range = _sync_file_range()
-    if sync_file_range is not None:
-        sync_file_range(file, 0, 0, _SYNC_FILE_RANGE_WRITE)
-
-
-@lru_cache
-def _sync_file_range() -> ctypes._FuncPointer | None:
-    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
-    if function is not None:
-        function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-    return function
+def sync_data(file: int) -> None:
+    """Wait until the data of an open file, a descriptor, is on the disk. The file's times may be written later."""
+    getattr(os, "fdatasync", os.fsync)(file)  # macOS has no fdatasync

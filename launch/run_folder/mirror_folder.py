@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from packspeed.data.errors import reason_of
-from packspeed.data.storage.atomic import start_writeback, sync, write_file
+from packspeed.data.storage.atomic import sync, sync_data, write_file
 from packspeed.launch.config.errors import ConfigError, UserError
 from packspeed.launch.run_folder.formats import CHECKPOINT_MANIFEST
 
@@ -127,7 +127,8 @@ def _copy(source: Path, target: Path, progress: Callable[[], object]) -> None:
     with source.open("rb") as read, target.open("wb") as written:
         while part := read.read(PART_BYTES):
             written.write(part)
-            start_writeback(written.fileno())
+            written.flush()
+            sync_data(written.fileno())
             progress()
 
 
