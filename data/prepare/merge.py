@@ -189,8 +189,11 @@ class Merge:
             if held and held_bytes + len(data) > JOINED_BYTES:
                 yield _join(held)
                 held, held_bytes = [], 0
-            held.append((numbers, DocumentRun(data, offsets, table)))
-            held_bytes += len(data)
+            if len(data) > JOINED_BYTES:
+                yield numbers, DocumentRun(data, offsets, table)
+            else:
+                held.append((numbers, DocumentRun(data, offsets, table)))
+                held_bytes += len(data)
         if held:
             yield _join(held)
 

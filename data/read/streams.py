@@ -27,7 +27,7 @@ from packspeed.data.errors import DataError
 from packspeed.data.read.sources import STDIN, Source
 from packspeed.data.read.stores import DOWNLOADED, download, is_url, open_store, store_error
 
-CHUNK_BYTES = 2**20
+CHUNK_BYTES = 2**19
 
 
 LONG_LINE_BYTES = 2**26
