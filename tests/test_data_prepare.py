@@ -231,6 +231,38 @@ def test_forked_workers_give_the_same_bytes_and_hold_no_lock(tmp_path: Path, mon
 
 
 @pytest.mark.launch
+def test_a_unit_that_a_worker_encoded_wrongly_has_no_receipt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check takes longer than all units, so that their tokens are complete when it fails."""
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    source, out = jsonl(tmp_path / "a.jsonl", ["numbers 123456 in a row\n\n\nand lines", *TEXTS]), tmp_path / "out"
+    patches = """
+import os, time
+from packspeed.data.prepare import prepare as command, units, worker_pool
+from packspeed.data.text import encode, ranks
+assert worker_pool.can_fork()
+worker_pool.subprocess = None
+units.UNIT_BYTES, command.SMALL_BYTES = 20_000, 0
+encode.PATTERNS[ranks.GPT2_PATTERN] = "gpt4"
+confirm = encode.Encoder.confirm
+def late(encoder, sample):
+    time.sleep(1)
+    names = os.listdir(OUT + "/.units")
+    print(sum(name.endswith(".docs") for name in names), sum(name.endswith(".json") for name in names))
+    confirm(encoder, sample)
+encode.Encoder.confirm = late
+"""
+    for workers in (1, 2):
+        call = f"try: prepare([{source!r}], OUT, workers={workers})\nexcept DataError as error: print(error)"
+        with in_process(f"OUT = {str(out)!r}\n{patches}{call}") as process:
+            counts, error, *_ = process.communicate()[0].splitlines()
+        encoded, receipts = map(int, counts.split())
+        assert encoded >= workers
+        assert receipts == 1  # job.json
+        assert "gigatoken and tiktoken give different tokens" in error
+        assert not out.exists()
+
+
+@pytest.mark.launch
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """kill -9 at several moments; what is finished is not done again and the bytes are those of an unbroken run."""
     monkeypatch.setattr(units, "UNIT_BYTES", 20_000)
@@ -320,8 +352,8 @@ def test_any_number_of_workers_and_tasks_gives_the_same_bytes(tmp_path: Path, mo
 def test_messages_that_pile_up_are_all_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A parent that comes late to its workers' pipes finds several messages in each."""
     monkeypatch.setattr(units, "UNIT_BYTES", 20_000)
-    listen = worker_pool._receive
-    monkeypatch.setattr(worker_pool, "_receive", lambda worker: (time.sleep(0.05), listen(worker))[1])
+    listen = worker_pool._Channel.arrived
+    monkeypatch.setattr(worker_pool._Channel, "arrived", lambda channel: (time.sleep(0.05), listen(channel))[1])
     manifest = prepare([jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "out", "bytes", workers=2)
     assert manifest.source.documents == len(TEXTS)
 

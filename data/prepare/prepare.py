@@ -40,9 +40,10 @@ from packspeed.data.prepare.units import (
     load_receipt,
     plan_units,
     save_job,
+    save_receipt,
     unit_path,
 )
-from packspeed.data.prepare.worker_pool import WorkerPool
+from packspeed.data.prepare.worker_pool import WorkerPool, can_fork
 from packspeed.data.read.documents import TextKeys
 from packspeed.data.read.formats import BINARY_FORMATS
 from packspeed.data.read.sources import SourceList, find_sources, printable
@@ -61,7 +62,7 @@ from packspeed.data.storage.manifest import (
     manifest_json,
     token_dtype,
 )
-from packspeed.data.text.encode import Choice
+from packspeed.data.text.encode import Choice, Encoder
 from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer
 
 SHARD_TOKENS = 2**28
@@ -314,6 +315,7 @@ class _Preparation:
             self.finished.add(number)
         with contextlib.closing(encode(meter.add)) as finished:
             for number, receipt in finished:
+                save_receipt(self.units_folder, number, receipt)
                 meter.finished(number)
                 bad = self._check_bad(bad + receipt.bad)
                 self.finished.add(number)
@@ -334,20 +336,24 @@ class _Preparation:
 
     @contextlib.contextmanager
     def encoding(self, workers: int, encoder: Choice) -> Iterator[Encode]:
-        """Yield a function that encodes the units in `todo`, in this process or, if workers > 1, in worker processes.
+        """Yield a function that encodes the units in `todo`, in worker processes or in this one.
 
-        The processes end with the `with` block. The function yields (number of the unit, its counts) when a unit is
-        finished. Its argument is a callback for the progress, which gets the Counts since the last call.
+        A single worker is a process, too, so that this process can merge while it encodes. It encodes here if there is
+        little text, or if this process must not be forked. The processes end with the `with` block. The function yields
+        (number of the unit, its counts) when a unit is encoded. Its argument is a callback for the progress, which gets
+        the Counts since the last call.
         """
         workers = min(workers, len(self.todo))
-        if encoder == "auto" and _is_small(self.todo):
+        small = _is_small(self.todo)
+        if encoder == "auto" and small:
             encoder = "tiktoken"
+        confirm = Encoder(self.tokenizer, "tiktoken").confirm
 
         def load() -> UnitWorker:
             return UnitWorker(self.units_folder, self.job, self.tokenizer, self.options.skip_bad, encoder)
 
-        if workers > 1:
-            with WorkerPool(self.units_folder, workers, self.options.skip_bad, encoder, load) as pool:
+        if workers > 1 or (workers and not small and can_fork()):
+            with WorkerPool(self.units_folder, workers, self.options.skip_bad, encoder, load, confirm) as pool:
                 yield lambda report: pool.do(self.todo, report)
         else:
 
@@ -356,7 +362,7 @@ class _Preparation:
                     return
                 worker = load()
                 for unit in self.todo:
-                    yield unit.number, worker.encode(unit, report)
+                    yield unit.number, worker.encode(unit, report, confirm)
 
             yield encode
 

@@ -1,4 +1,4 @@
-"""Process a work unit: read and encode its documents, and write the tokens, a table of the documents and a receipt.
+"""Process a work unit: read and encode its documents, and write the tokens and a table of the documents.
 
     python -m packspeed.data.prepare.unit_work FOLDER SKIP_BAD ENCODER
 
@@ -27,9 +27,9 @@ from packspeed.data.errors import DataError
 from packspeed.data.prepare.units import DOCUMENT, Job, Receipt, Table, Unit, load_job, unit_path
 from packspeed.data.read.documents import Batch, Tally
 from packspeed.data.read.readers import read_batches
-from packspeed.data.storage.atomic import rename_temporary, temporary, write_file
+from packspeed.data.storage.atomic import rename_temporary, temporary
 from packspeed.data.storage.manifest import Tokens
-from packspeed.data.text.encode import Choice, Encoder
+from packspeed.data.text.encode import Choice, Encoder, Sample
 from packspeed.data.text.tokenizer import Tokenizer, load_tokenizer_file
 
 HASH_SEED = 0x7061636B73706565  # never change it: it decides whether a document is in train or in val
@@ -56,6 +56,7 @@ class Counts:
 
 
 ReportCounts = Callable[[Counts], None]
+CheckSample = Callable[[Sample], None]  # raises DataError if the tokens are wrong, at once or later
 
 
 REPORT_S = 0.2  # a worker process reports its counts when a unit is finished, and at most once in this time before
@@ -72,44 +73,44 @@ class UnitWorker:
         self.folder, self.job, self.skip_bad = folder, job, skip_bad
         self.encoder = Encoder(tokenizer, choice)
 
-    def encode(self, unit: Unit, report: ReportCounts) -> Receipt:
-        """Encode one unit, write its files and return its receipt.
+    def encode(self, unit: Unit, report: ReportCounts, check: CheckSample) -> Receipt:
+        """Encode one unit, write its tokens and documents, and return its receipt, which the caller must save.
 
-        report: called after each megabyte of text. Raises DataError if there are too many bad documents. After an error
-        the unit has no receipt and no temporary file.
+        report: called after each megabyte of text. check: called with a sample of the first tokens, if gigatoken
+        encodes. Raises DataError if there are too many bad documents. After an error the unit has no temporary file.
         """
         tally, total, table = Tally(self.skip_bad), Counts(), list[bytes]()
         digest = xxhash.xxh3_128()
-        paths = [unit_path(self.folder, unit.number, suffix) for suffix in (".bin", ".docs", ".json")]
+        paths = [unit_path(self.folder, unit.number, suffix) for suffix in (".bin", ".docs")]
         with _removed_after_error(paths):
             with open(temporary(paths[0]), "wb", buffering=WRITE_BUFFER_BYTES) as stream:
-                for tokens, counts in self._encoded(unit, tally, table):
+                for tokens, counts in self._encoded(unit, tally, table, check):
                     stream.write(tokens.data)
                     digest.update(tokens.data)
                     total.count(counts)
                     report(counts)
             documents = b"".join(table)
             temporary(paths[1]).write_bytes(documents)
-            for path in paths[:2]:
+            for path in paths:
                 rename_temporary(path)
-            receipt = Receipt(
-                bad=tally.bad,
-                null=tally.null,
-                passed_over=tally.passed_over,
-                bin_xxh3_128=digest.hexdigest(),
-                docs_xxh3_128=xxhash.xxh3_128_hexdigest(documents),
-                **dataclasses.asdict(total),
-            )
-            write_file(paths[2], json.dumps(dataclasses.asdict(receipt)), durable=False)
-        return receipt
+        return Receipt(
+            bad=tally.bad,
+            null=tally.null,
+            passed_over=tally.passed_over,
+            bin_xxh3_128=digest.hexdigest(),
+            docs_xxh3_128=xxhash.xxh3_128_hexdigest(documents),
+            **dataclasses.asdict(total),
+        )
 
-    def _encoded(self, unit: Unit, tally: Tally, table: list[bytes]) -> Iterator[tuple[Tokens, Counts]]:
+    def _encoded(
+        self, unit: Unit, tally: Tally, table: list[bytes], check: CheckSample
+    ) -> Iterator[tuple[Tokens, Counts]]:
         """Yield the tokens (n,) and the counts of about a megabyte of text at a time.
 
         table: a row (number of tokens, hash), as bytes, is appended for each document that ends in that text.
         """
         open_document = _OpenDocument()
-        checked = False
+        sampled = False
         dtype = np.dtype(self.job.dtype).newbyteorder("<")
         for batch in read_batches(unit.sources, self.job.text_keys, tally):
             texts, last = open_document.without_empty(batch)
@@ -117,9 +118,10 @@ class UnitWorker:
             if not texts:
                 yield np.empty(0, dtype), counts
                 continue
-            if not checked:
-                self.encoder.check(texts, batch.source)
-                checked = True
+            if not sampled:
+                sampled = True
+                if (sample := self.encoder.sample(texts, batch.source)) is not None:
+                    check(sample)
             ids, lengths = self.encoder.encode(texts, last)
             rows = open_document.rows(texts, lengths, last)
             table.append(rows.tobytes())
@@ -197,11 +199,12 @@ def _removed_after_error(paths: Sequence[Path]) -> Iterator[None]:
         raise
 
 
-def serve(folder: Path, load: Callable[[], UnitWorker], commands: Iterable[str], out: IO[str]) -> None:
+def serve(load: Callable[[], UnitWorker], commands: Iterable[str], out: IO[str]) -> None:
     """Encode the units whose numbers arrive in `commands`, one per line, until `commands` ends.
 
-    folder: where the units' files are, for messages. load: returns the UnitWorker. out: this function writes progress,
-    receipts and errors to it, one worker_pool.Message per line, as JSON.
+    load: returns the UnitWorker. out: this function writes samples, progress, receipts and errors to it, one
+    worker_pool.Message per line, as JSON. The process that reads them checks the samples and saves the receipts, while
+    this process encodes.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which then ends this process
     counts, sent_s = Counts(), time.monotonic()
@@ -224,13 +227,12 @@ def serve(folder: Path, load: Callable[[], UnitWorker], commands: Iterable[str],
         send(ready=True)
         for line in commands:
             unit = worker.job.units[int(line)]
-            receipt = worker.encode(unit, count)
+            receipt = worker.encode(unit, count, lambda sample: send(sample=dataclasses.asdict(sample)))
             send_counts(done=unit.number, receipt=dataclasses.asdict(receipt))
     except DataError as error:
         send(error=str(error), exit_code=error.exit_code)
     except OSError as error:
-        what = f"{folder} cannot be written: {error.strerror or error}. Correct that, then run the command again."
-        send(error=what, exit_code=DataError.exit_code)
+        send(errno=error.errno, reason=error.strerror or str(error))
 
 
 def load_worker(folder: Path, skip_bad: int, choice: Choice) -> UnitWorker:
@@ -245,4 +247,4 @@ def load_worker(folder: Path, skip_bad: int, choice: Choice) -> UnitWorker:
 
 if __name__ == "__main__":
     folder_, skip_bad_, choice_ = Path(sys.argv[1]), int(sys.argv[2]), cast(Choice, sys.argv[3])
-    serve(folder_, lambda: load_worker(folder_, skip_bad_, choice_), sys.stdin, sys.stdout)
+    serve(lambda: load_worker(folder_, skip_bad_, choice_), sys.stdin, sys.stdout)

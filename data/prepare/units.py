@@ -296,6 +296,11 @@ def unit_path(folder: Path, number: int, suffix: str) -> Path:
     return folder / f"{number:08d}{suffix}"
 
 
+def save_receipt(folder: Path, number: int, receipt: Receipt) -> None:
+    """Write the receipt of a unit, which makes it a finished one. Its other files must be complete."""
+    write_file(unit_path(folder, number, ".json"), json.dumps(dataclasses.asdict(receipt)), durable=False)
+
+
 def load_receipt(folder: Path, number: int) -> Receipt | None:
     """Return the receipt of a unit, the record that it was encoded completely, or None if there is none."""
     try:

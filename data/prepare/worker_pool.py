@@ -1,9 +1,10 @@
 """Worker processes that encode the work units of `packspeed prepare` in parallel.
 
 A worker (`serve` in unit_work.py) reads numbers of units from a pipe, and writes counts and receipts to another. It
-ends when its input closes, so no worker is left if the parent is killed. If this process has a single thread, as the
-command `packspeed prepare` has, workers are forked from it and start at once. A process with several threads cannot be
-forked safely: then a worker is a new interpreter, which starts in 0.3 s.
+ends when its input closes, so no worker is left if the parent is killed. While workers encode, this process compares
+samples of their tokens with those of tiktoken. If this process has a single thread, as the command `packspeed prepare`
+has, workers are forked from it and start at once. A process with several threads cannot be forked safely: then a worker
+is a new interpreter, which starts in 0.3 s.
 """
 
 from __future__ import annotations
@@ -21,22 +22,28 @@ from pathlib import Path
 from typing import IO, Any, Protocol, TypedDict
 
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.prepare.unit_work import Counts, ReportCounts, UnitWorker, serve
+from packspeed.data.prepare.unit_work import CheckSample, Counts, ReportCounts, UnitWorker, serve
 from packspeed.data.prepare.units import Receipt, Unit
+from packspeed.data.text.encode import Sample
+
+PIPE_BYTES = 2**16  # Linux's capacity of a pipe
 
 
 class Message(TypedDict, total=False):
     """A message from a worker process, as one line of JSON, with one of these sets of keys:
 
-    `ready`; `counts`; `counts`, `done` and `receipt`; `error` and `exit_code`.
+    `ready`; `sample`; `counts`; `counts`, `done` and `receipt`; `error` and `exit_code`; `errno` and `reason`.
     """
 
     ready: bool  # to encode the first unit
+    sample: dict[str, Any]  # the fields of a Sample of the unit that is being encoded
     counts: dict[str, int]  # the fields of Counts since the last message
     done: int  # number of the finished unit
     receipt: dict[str, Any]  # the fields of Receipt
-    error: str
+    error: str  # the text of a DataError or UsageError
     exit_code: int
+    errno: int | None  # of an OSError
+    reason: str
 
 
 class Worker(Protocol):
@@ -56,18 +63,25 @@ class WorkerPool:
     """Worker processes that encode work units. They are killed at the end of the `with` block.
 
     folder: where the units' files are. skip_bad: how many bad documents each unit may skip. encoder: the library that
-    encodes. load: makes a UnitWorker with these settings; it is called once, and only if the workers are forked.
+    encodes. load: makes a UnitWorker with these settings; a forked worker calls it. check: called in this process with
+    a sample of each unit.
     """
 
-    def __init__(self, folder: Path, workers: int, skip_bad: int, encoder: str, load: Callable[[], UnitWorker]):
-        self._workers: list[Worker] = []
-        unit_worker = load() if can_fork() else None
+    def __init__(
+        self,
+        folder: Path,
+        workers: int,
+        skip_bad: int,
+        encoder: str,
+        load: Callable[[], UnitWorker],
+        check: CheckSample,
+    ):
+        self._workers, self._check = list[Worker](), check
         command = [sys.executable, "-m", "packspeed.data.prepare.unit_work", str(folder), str(skip_bad), encoder]
         for _ in range(workers):
-            # The pipes have no buffer: if two messages arrive together, it would hide the second from the selector.
             self._workers.append(
-                _Forked(unit_worker)
-                if unit_worker is not None and can_fork()
+                _Forked(load)
+                if can_fork()
                 else subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
             )
 
@@ -84,27 +98,31 @@ class WorkerPool:
             worker.wait()
 
     def do(self, units: Sequence[Unit], report: ReportCounts) -> Generator[tuple[int, Receipt], None, None]:
-        """Encode units on all workers. Yield (number, receipt) of each unit when it is finished.
+        """Encode units on all workers. Yield (number, receipt) of each unit when it is encoded and its sample checked.
 
         report: called with the counts of documents and tokens that a worker sends while it encodes. Raises the error
-        that a worker reports, or DataError if a worker process ends early.
+        that a worker or the check of a sample reports, or DataError if a worker process ends early.
         """
-        waiting, busy = list(reversed(units)), 0
+        waiting = list(reversed(units))
+        channels = [_Channel(worker) for worker in self._workers]
         with selectors.DefaultSelector() as selector:
-            for worker in self._workers:
-                assert worker.stdout is not None
-                selector.register(worker.stdout, selectors.EVENT_READ, worker)
-            while waiting or busy:
+            for channel in channels:
+                selector.register(channel.pipe, selectors.EVENT_READ, channel)
+            while waiting or any(channel.units for channel in channels):
                 for key, _ in selector.select():
-                    message = _receive(key.data)
-                    busy -= "receipt" in message
-                    if waiting and ("ready" in message or "receipt" in message):
-                        busy += 1
-                        _send_unit(key.data, waiting.pop())
-                    if "counts" in message:
-                        report(Counts(**message["counts"]))
-                    if "receipt" in message:
-                        yield message["done"], Receipt(**message["receipt"])
+                    channel = key.data
+                    for message in channel.arrived():
+                        channel.units -= "receipt" in message
+                        if "ready" in message or "receipt" in message:
+                            # While many are left, a worker has the next unit before it needs it, and never waits.
+                            while waiting and channel.units < 1 + (len(waiting) > len(channels)):
+                                channel.send(waiting.pop())
+                        if "sample" in message:
+                            self._check(Sample(**message["sample"]))
+                        if "counts" in message:
+                            report(Counts(**message["counts"]))
+                        if "receipt" in message:
+                            yield message["done"], Receipt(**message["receipt"])
 
 
 def can_fork() -> bool:
@@ -116,13 +134,13 @@ def can_fork() -> bool:
 
 
 class _Forked:
-    """A forked process in which `unit_worker` encodes units."""
+    """A forked process that encodes units. load: see WorkerPool."""
 
-    def __init__(self, unit_worker: UnitWorker):
+    def __init__(self, load: Callable[[], UnitWorker]):
         commands, messages = os.pipe(), os.pipe()
         self._process = os.fork()
         if self._process == 0:
-            _serve_and_exit(unit_worker, commands[0], messages[1])
+            _serve_and_exit(load, commands[0], messages[1])
         self._code: int | None = None
         os.close(commands[0])
         os.close(messages[1])
@@ -139,9 +157,10 @@ class _Forked:
         return self._code
 
 
-def _serve_and_exit(unit_worker: UnitWorker, commands: int, messages: int) -> None:
-    """Encode units in a forked process until no more arrive, then end it. commands, messages: file descriptors of
-    pipes.
+def _serve_and_exit(load: Callable[[], UnitWorker], commands: int, messages: int) -> None:
+    """Encode units in a forked process until no more arrive, then end it.
+
+    load: see WorkerPool. commands, messages: file descriptors of pipes.
     """
     code = 1
     try:
@@ -151,7 +170,7 @@ def _serve_and_exit(unit_worker: UnitWorker, commands: int, messages: int) -> No
                 with contextlib.suppress(OSError):  # the listing itself had one
                     os.close(descriptor)
         with open(commands, encoding="ascii") as lines, open(messages, "w", encoding="utf-8") as out:
-            serve(unit_worker.folder, lambda: unit_worker, lines, out)
+            serve(load, lines, out)
         code = 0
     except BrokenPipeError:
         pass  # the parent was killed
@@ -161,25 +180,43 @@ def _serve_and_exit(unit_worker: UnitWorker, commands: int, messages: int) -> No
         os._exit(code)  # without the parent's buffers and exit functions
 
 
-def _receive(worker: Worker) -> Message:
-    """Return the next message of a worker. Raises the error that it reports, or DataError if the worker has ended."""
-    assert worker.stdout is not None
-    line = worker.stdout.readline()
-    if not line:
-        code = worker.wait()
+class _Channel:
+    """The pipes to and from one worker. `units`: how many units it was sent and has not finished yet."""
+
+    def __init__(self, worker: Worker):
+        assert worker.stdout is not None
+        self.pipe, self.units = worker.stdout, 0
+        self._worker, self._unfinished = worker, b""
+
+    def send(self, unit: Unit) -> None:
+        """Ask the worker to encode a unit, after those that it was sent before."""
+        assert self._worker.stdin is not None
+        self.units += 1
+        self._worker.stdin.write(b"%d\n" % unit.number)
+
+    def arrived(self) -> list[Message]:
+        """Wait until some bytes arrive. Return the messages that are complete with them.
+
+        Raises the error that the worker reports, or DataError if the worker has ended.
+        """
+        received = os.read(self.pipe.fileno(), PIPE_BYTES)
+        if not received:
+            raise self._ended()
+        *lines, self._unfinished = (self._unfinished + received).split(b"\n")
+        messages: list[Message] = [json.loads(line) for line in lines]
+        for message in messages:
+            if "error" in message:
+                kind = UsageError if message["exit_code"] == UsageError.exit_code else DataError
+                raise kind(message["error"])
+            if "errno" in message:
+                raise OSError(message["errno"], message["reason"])
+        return messages
+
+    def _ended(self) -> DataError:
+        """Return the error to raise if the worker has ended."""
+        code = self._worker.wait()
         reason = "it was killed, perhaps because memory ran out" if code < 0 else "its own message is above"
-        raise DataError(
+        return DataError(
             f"A worker process of prepare ended with code {code} ({reason}). Finished units are kept: run the same "
             f"command again to continue, if needed with fewer --workers."
         )
-    message: Message = json.loads(line)
-    if "error" in message:
-        raise (UsageError if message["exit_code"] == UsageError.exit_code else DataError)(message["error"])
-    return message
-
-
-def _send_unit(worker: Worker, unit: Unit) -> None:
-    """Ask a worker process to encode a unit."""
-    assert worker.stdin is not None
-    worker.stdin.write(b"%d\n" % unit.number)
-    worker.stdin.flush()

@@ -16,12 +16,14 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from packspeed.data.errors import DataError, UsageError
 from packspeed.data.storage.manifest import Tokens, token_dtype
@@ -32,10 +34,10 @@ from packspeed.data.text.tokenizer import Tokenizer
 Choice = Literal["auto", "gigatoken", "tiktoken"]
 
 
-CHECKED_BYTES = 2**16
+SAMPLE_BYTES = 2**16  # of text; tiktoken loads and encodes them in 0.06 s
 
 
-LATER_CHECKED_BYTES = 2**12
+LATER_SAMPLE_BYTES = 2**12
 
 
 LONG_CHARACTERS = 2**19  # longer texts are encoded in windows (long_text.py), if the tokenizer does not split at words
@@ -52,6 +54,18 @@ MARK = "\0<|packspeed: here a document ends|>\1"  # no prefix of the mark is a s
 
 # The patterns that gigatoken supports -> its names for them.
 PATTERNS = {GPT2_PATTERN: "gpt2", CL100K_PATTERN: "gpt4", O200K_PATTERN: "o200k"}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The first texts of a work unit, and a hash of the ids that gigatoken gave them, for Encoder.confirm.
+
+    where: the place of the texts, for messages.
+    """
+
+    texts: list[str]
+    where: str
+    ids_xxh3_128: str
 
 
 class Encoder:
@@ -77,7 +91,7 @@ class Encoder:
             self.fast = _Bytes(tokenizer.eot_id)
         self.name = "gigatoken" if ranks_file is not None else "tokenizer"
         self._eot = np.array([tokenizer.eot_id], dtype=np.uint32)
-        self._checked = False
+        self._sampled = False
         self._inside = False  # whether the last text left its document unfinished
         self._open: LongText | None = None  # the unfinished document, if the tokenizer does not split at words
 
@@ -158,28 +172,36 @@ class Encoder:
         starts = np.cumsum(lengths) - lengths
         return np.insert(tokens, starts[begins], self.tokenizer.bos_id), lengths + begins
 
-    def check(self, texts: Sequence[bytes], where: str) -> None:
-        """Raise DataError unless gigatoken and the tokenizer itself give the same ids for the first of these texts.
+    def sample(self, texts: Sequence[bytes], where: str) -> Sample | None:
+        """Return a sample of the ids that gigatoken gives to the first of these texts, for `confirm`.
 
-        64 KiB are compared in the first call, and 4 KiB in later ones, because the tokenizer itself is slow. where: the
-        place of the texts, for the message.
+        Return None if gigatoken does not encode. The first sample has 64 KiB of text, later ones 4 KiB, because
+        `confirm` is slow. where: the place of the texts, for messages.
         """
         if not isinstance(self.fast, _Gigatoken):
-            return
-        sample, size, wanted = list[bytes](), 0, LATER_CHECKED_BYTES if self._checked else CHECKED_BYTES
-        self._checked = True
+            return None
+        sampled, size, wanted = list[bytes](), 0, LATER_SAMPLE_BYTES if self._sampled else SAMPLE_BYTES
+        self._sampled = True
         for text in texts:
-            sample.append(text if len(text) <= wanted else _head(text, wanted))
-            size += len(sample[-1])
+            sampled.append(text if len(text) <= wanted else _head(text, wanted))
+            size += len(sampled[-1])
             if size >= wanted:
                 break
-        # 64 KiB are enough to detect another pattern or other merges, and cost a few milliseconds.
-        (tokens, lengths), expected = self._complete(sample), self._reference(sample)
-        if not (np.array_equal(tokens, expected[0]) and np.array_equal(lengths, expected[1])):
+        return Sample([text.decode("utf-8") for text in sampled], where, _hash_of(*self._complete(sampled)))
+
+    def confirm(self, sample: Sample) -> None:
+        """Raise DataError unless the tokenizer itself gives the texts of a sample the same ids as gigatoken did."""
+        # 64 KiB are enough to detect another pattern or other merges.
+        if _hash_of(*self._reference([text.encode() for text in sample.texts])) != sample.ids_xxh3_128:
             raise DataError(
-                f"{where}: gigatoken and tiktoken give different tokens for the first documents. Prepare with "
+                f"{sample.where}: gigatoken and tiktoken give different tokens for the first documents. Prepare with "
                 f"--encoder tiktoken, and report the text to the authors of gigatoken."
             )
+
+
+def _hash_of(tokens: Tokens, lengths: npt.NDArray[np.int64]) -> str:
+    """Return a hash of the ids of several texts, (sum of lengths,), and of the number of ids of each, (texts,)."""
+    return xxhash.xxh3_128_hexdigest(tokens.astype("<u4").tobytes() + lengths.astype("<i8").tobytes())
 
 
 class _Gigatoken:
