@@ -63,8 +63,8 @@ class WorkerPool:
     """Worker processes that encode work units. They are killed at the end of the `with` block.
 
     folder: where the units' files are. skip_bad: how many bad documents each unit may skip. encoder: the library that
-    encodes. load: makes a UnitWorker with these settings; a forked worker calls it. check: called in this process with
-    a sample of each unit.
+    encodes. load: makes a UnitWorker with these settings; called once, and only if the workers are forked. check:
+    called in this process with a sample of each unit.
     """
 
     def __init__(
@@ -78,10 +78,12 @@ class WorkerPool:
     ):
         self._workers, self._check = list[Worker](), check
         command = [sys.executable, "-m", "packspeed.data.prepare.unit_work", str(folder), str(skip_bad), encoder]
+        # Loaded before the fork: in a child, the first write to each page of the parent's memory copies it.
+        unit_worker = load() if can_fork() else None
         for _ in range(workers):
             self._workers.append(
-                _Forked(load)
-                if can_fork()
+                _Forked(unit_worker)
+                if unit_worker is not None and can_fork()
                 else subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
             )
 
@@ -134,13 +136,13 @@ def can_fork() -> bool:
 
 
 class _Forked:
-    """A forked process that encodes units. load: see WorkerPool."""
+    """A forked process in which `unit_worker` encodes units."""
 
-    def __init__(self, load: Callable[[], UnitWorker]):
+    def __init__(self, unit_worker: UnitWorker):
         commands, messages = os.pipe(), os.pipe()
         self._process = os.fork()
         if self._process == 0:
-            _serve_and_exit(load, commands[0], messages[1])
+            _serve_and_exit(unit_worker, commands[0], messages[1])
         self._code: int | None = None
         os.close(commands[0])
         os.close(messages[1])
@@ -157,10 +159,10 @@ class _Forked:
         return self._code
 
 
-def _serve_and_exit(load: Callable[[], UnitWorker], commands: int, messages: int) -> None:
+def _serve_and_exit(unit_worker: UnitWorker, commands: int, messages: int) -> None:
     """Encode units in a forked process until no more arrive, then end it.
 
-    load: see WorkerPool. commands, messages: file descriptors of pipes.
+    commands, messages: file descriptors of pipes.
     """
     code = 1
     try:
@@ -170,7 +172,7 @@ def _serve_and_exit(load: Callable[[], UnitWorker], commands: int, messages: int
                 with contextlib.suppress(OSError):  # the listing itself had one
                     os.close(descriptor)
         with open(commands, encoding="ascii") as lines, open(messages, "w", encoding="utf-8") as out:
-            serve(load, lines, out)
+            serve(lambda: unit_worker, lines, out)
         code = 0
     except BrokenPipeError:
         pass  # the parent was killed
