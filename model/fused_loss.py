@@ -8,11 +8,11 @@ Source: Liger (https://arxiv.org/abs/2410.10989).
 
 The optional soft cap makes the logits c * tanh(logits / c) (Gemma 2, https://arxiv.org/abs/2408.00118, section 2).
 The optional z-loss adds z_loss * log(sum exp logits)^2 per token (PaLM, https://arxiv.org/abs/2204.02311, section 5).
-Memory: the logits of a chunk take at most 128 MiB on CPUs (`_chunks` describes an exception) and 2 GiB on GPUs.
+Memory: the logits of a chunk take at most 256 MiB on CPUs (`_chunks` describes an exception) and 2 GiB on GPUs. If the
+caller lends memory for the logits of all tokens, there is one chunk.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,14 +44,15 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         losses = torch.zeros(x.size(0), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         d_x, d_weight = torch.empty_like(x), None
-        alone = x.size(0) == 1 and len(_chunks(x[0], weight)) == 1
+        alone, sums = x.size(0) == 1, weight.element_size() >= 4  # sums: chunks are added up in the weight's dtype
         # On CPUs allocated before the logits, so that these are at the end of the heap and leave no gap when freed.
-        product = torch.empty_like(weight) if x.is_cpu and alone else None
+        early = x.is_cpu and alone and (sums or len(_chunks(x[0], weight)) == 1)
+        product = torch.empty_like(weight) if early else None
+        lent = memory(x.size(1) * weight.size(0), x.dtype) if alone and memory is not None else None
         for k, (total, *of_one) in enumerate(zip(losses, x, labels, d_x, strict=True)):
-            for rows, label, d_rows in zip(*(_chunks(t, weight) for t in of_one), strict=True):
-                shape = rows.size(0), weight.size(0)
-                lent = memory(math.prod(shape), rows.dtype) if alone and memory is not None else None
-                out = None if lent is None else lent.view(shape)
+            chunks = [of_one] if lent is not None else zip(*(_chunks(t, weight) for t in of_one), strict=True)
+            for rows, label, d_rows in chunks:
+                out = None if lent is None else lent.view(rows.size(0), weight.size(0))
                 logits = cap(torch.mm(rows, weight.t(), out=out), softcap)  # (chunk, padded V)
                 slope = None if softcap is None else 1 - (logits / softcap).square()  # d capped / d logits
                 total.add_(kernels.row_losses(logits, label, vocab_size, z_loss, with_gradient=True).sum())
@@ -82,7 +83,7 @@ def _weighted(losses: Tensor, later: float) -> Tensor:
 def _chunks(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     """Split rows (N, ...) into chunks whose logits, (rows of the chunk, padded V), are within the limit of the device.
 
-    The limits are 128 MiB on CPUs and 2 GiB on GPUs. weight: the head's, (padded V, C). On CPUs there is only one
+    The limits are 256 MiB on CPUs and 2 GiB on GPUs. weight: the head's, (padded V, C). On CPUs there is only one
     chunk if a second one would take more memory than it saves.
     """
     size = rows.size(0) * weight.size(0) * weight.element_size()
@@ -155,8 +156,8 @@ def head_loss(
     x (N, C): the input of the head. weight (padded V, C): of the head; rows from vocab_size on are padding. labels
     (N,): labels below 0 are ignored. kernels: computes the losses of a chunk, see kernels.py. z_loss: adds z_loss *
     log(sum exp logits)^2 for each token. softcap: see `cap`. If x or weight requires a gradient, the forward pass
-    computes both gradients already. Then memory(elements, dtype), if given, returns a flat tensor for the logits, or
-    None. It is called only if the logits are computed in one chunk.
+    computes both gradients already. Then memory(elements, dtype), if given, returns a flat tensor for the logits of all
+    tokens, or None.
     """
     return multi_head_loss(x[None], weight, labels[None], vocab_size, kernels, z_loss, softcap, memory=memory)[0]
 

@@ -388,6 +388,9 @@ def _chunks(spec: EngineSpec) -> int:
     limit = CPU_CHUNK_BYTES if spec.device == "cpu" else GPU_CHUNK_BYTES
     if spec.device == "cpu" and spec.value_bytes == 2 and logits <= limit + SUM_BYTES * rows * spec.model.d_model:
         return 1  # model/fused_loss.py: a second chunk would take more memory than it saves
+    lends = spec.stage == 1 and spec.accumulation == 1 and not (spec.overlap or spec.offload_optimizer)
+    if spec.device == "cpu" and lends and spec.model.extra_heads == 0 and logits <= 4 * spec.parameters:
+        return 1  # in the tensor that the gradients get later (patches/flat_gradients.py)
     return max(1, int(-(-logits // limit)))
 
 
@@ -511,7 +514,7 @@ def _bucket(spec: EngineSpec) -> Kinds:
     elements = spec.reduce_bucket * (2 if spec.overlap else 1)
     if spec.stage in (0, 3):
         return {}
-    if spec.stage == 1 and spec.weight_bytes == 2 and not spec.overlap and not spec.offload_optimizer:
+    if spec.stage == 1 and not spec.overlap and not spec.offload_optimizer:
         return {"gradients": 4 * spec.parameters}  # one fp32 tensor, patches/flat_gradients.py
     return {"buckets": spec.weight_bytes * elements}
 
@@ -533,7 +536,7 @@ def _end_of_backward(spec: EngineSpec) -> Kinds:
             return {"gradients": 4 * count, "communication": copy}
         return {"gradients": 4 * count, "recompute": block + branch}
     own = held(spec.stage, spec.precision)[1].on(spec.ranks) * count
-    if spec.stage == 1 and e == 2 and not spec.overlap and not spec.offload_optimizer:
+    if spec.stage == 1 and not spec.overlap and not spec.offload_optimizer:
         return {"gradients": own, "recompute": block + branch, "buckets": e * spec.largest}
     # The bucket, the gradients that it was filled from, and for 16 bits the fp32 copy that is sent.
     copies = {
