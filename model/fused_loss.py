@@ -44,11 +44,13 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         losses = torch.zeros(x.size(0), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         d_x, d_weight = torch.empty_like(x), None
-        alone, sums = x.size(0) == 1, weight.element_size() >= 4  # sums: chunks are added up in the weight's dtype
+        single = x.size(0) == 1
+        one_chunk = single and len(_chunks(x[0], weight)) == 1
         # On CPUs allocated before the logits, so that these are at the end of the heap and leave no gap when freed.
-        early = x.is_cpu and alone and (sums or len(_chunks(x[0], weight)) == 1)
+        early = x.is_cpu and single and (one_chunk or weight.element_size() >= 4)  # sums of 16-bit chunks are fp32
         product = torch.empty_like(weight) if early else None
-        lent = memory(x.size(1) * weight.size(0), x.dtype) if alone and memory is not None else None
+        lends = single and (one_chunk or softcap is None)  # a cap takes more memory of the same size
+        lent = memory(x.size(1) * weight.size(0), x.dtype) if memory is not None and lends else None
         for k, (total, *of_one) in enumerate(zip(losses, x, labels, d_x, strict=True)):
             chunks = [of_one] if lent is not None else zip(*(_chunks(t, weight) for t in of_one), strict=True)
             for rows, label, d_rows in chunks:

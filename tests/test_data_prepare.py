@@ -21,7 +21,7 @@ import zstandard
 from packspeed.data.checks.verify import verify
 from packspeed.data.dataset import TokenDataset
 from packspeed.data.errors import DataError, UsageError
-from packspeed.data.prepare import units, worker_pool
+from packspeed.data.prepare import shards, units, worker_pool
 from packspeed.data.prepare.prepare import prepare, prepare_part
 from packspeed.data.prepare.progress import PrepareProgress
 from packspeed.data.storage.manifest import Manifest, load_manifest
@@ -260,6 +260,72 @@ encode.Encoder.confirm = late
         assert receipts == 1  # job.json
         assert "gigatoken and tiktoken give different tokens" in error
         assert not out.exists()
+
+
+def ended_worker(written: bytes) -> "subprocess.Popen[bytes]":
+    """A process that has written this to stdout and has ended with code 1."""
+    code = f"import sys; sys.stdout.buffer.write({written!r}); sys.exit(1)"
+    worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    worker.wait()
+    return worker
+
+
+def message(**fields: object) -> bytes:
+    return json.dumps(fields).encode() + b"\n"
+
+
+@pytest.mark.launch
+def test_what_a_worker_said_before_its_error_is_heard() -> None:
+    """The receipt and the error of the next unit arrive together; the unit of the receipt is finished."""
+    with ended_worker(message(receipt={}, done=0) + message(error="bad", exit_code=1)) as worker:
+        channel = worker_pool._Channel(worker)
+        channel.units = 2
+        messages = channel.arrived()
+        assert next(messages)["done"] == 0
+        assert channel.units == 1
+        with pytest.raises(DataError, match="bad"):
+            next(messages)
+    with ended_worker(message(errno=28, reason="No space left on device")) as worker:
+        messages = worker_pool._Channel(worker).arrived()
+        with pytest.raises(OSError, match="No space left"):
+            next(messages)
+
+
+@pytest.mark.launch
+def test_a_unit_for_a_worker_that_has_ended_hides_no_error() -> None:
+    with ended_worker(message(error="line 7 is bad", exit_code=1)) as worker:
+        channel, waiting = worker_pool._Channel(worker), [units.Unit(number, 0, ()) for number in (1, 0)]
+        channel.fill(waiting, 2)
+        assert (waiting, channel.units) == ([], 2)
+        with pytest.raises(DataError, match="line 7 is bad"):
+            next(channel.arrived())
+        with pytest.raises(DataError, match="ended with code 1"):
+            next(channel.arrived())
+
+
+def test_a_sync_that_fails_while_a_shard_is_written_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system reports such an error once: the fsync at the end would succeed."""
+    outcomes = iter([OSError(5, "Input/output error")])
+
+    def sync_once(file: int) -> None:
+        if (error := next(outcomes, None)) is not None:
+            raise error
+
+    monkeypatch.setattr(shards, "SYNC_BYTES", 100)
+    monkeypatch.setattr(shards, "sync_data", sync_once)
+    writer = shards.ShardWriter(tmp_path, "train", "uint16", 2**20)
+
+    def write() -> None:
+        for _ in range(100):
+            writer.add(np.zeros(200, dtype=np.uint16))
+            time.sleep(0.001)
+        writer.close()
+
+    with pytest.raises(OSError, match="Input/output error"):
+        write()
+    writer.release()
 
 
 @pytest.mark.launch

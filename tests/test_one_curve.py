@@ -48,6 +48,22 @@ def test_the_tolerance_sees_gradients_that_travel_in_bf16(curves: dict[str, list
         assert curves[f"curve-rounding-{ranks}"] != pytest.approx(curves["curve-zero1-1"], abs=1e-6)
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_fp32_gradients_are_the_same_without_deepspeeds_hooks(workspace: Workspace, ranks: int) -> None:
+    """With contiguous_gradients: false, DeepSpeed has no hook in fp32 that adds a gradient to the one tensor."""
+    plain = workspace.folder / f"no_hooks_{ranks}.json"
+    plain.write_text(json.dumps({"zero_optimization": {"stage": 1, "contiguous_gradients": False}}))
+    run = [word.replace("bf16", "fp32") for word in RUN]
+    files = {f"hooks-{ranks}": "zero1", f"no-hooks-{ranks}": str(plain), f"zero2-{ranks}": "zero2"}
+    runs = [workspace.arguments(name, *run, f"deepspeed={file}") for name, file in files.items()]
+    codes, output = run_many(workspace.folder / f"hooks{ranks}", runs, ranks=ranks)
+    assert codes == [0] * len(runs), output[-4000:]
+    hooks, no_hooks, zero2 = map(workspace.losses, files)
+    assert hooks == no_hooks
+    assert hooks == pytest.approx(zero2, abs=1e-6)
+    assert hooks[-1] < hooks[0] - 0.1, "it learns"
+
+
 def test_a_checkpoint_of_the_bf16_optimizer_is_resumed(workspace: Workspace) -> None:
     """Before, bf16 at ZeRO-1 had another class of optimizer inside DeepSpeed, with another layout of its files."""
     run = ["train.precision=bf16", "deepspeed=zero1", "eval.every_steps=0", "checkpoint.every_steps=4"]

@@ -91,7 +91,7 @@ def _copied(
                     writer.add_run(tokens, lengths)
             shards += writer.close()
         finally:
-            writer.abandon()
+            writer.release()
     return dtype, shards
 
 

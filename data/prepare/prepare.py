@@ -387,8 +387,8 @@ class _Preparation:
                 merged = merge.split(train, val, options.val_fraction)
             shards = train.close() + val.close()
         finally:
-            train.abandon()
-            val.abandon()
+            train.release()
+            val.release()
         names = self.corpus.names()
         if not any(shard.split == "train" for shard in shards):
             passed_over = self._passed_over()

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,8 @@ Lengths = npt.NDArray[np.int64]
 
 
 class ShardWriter:
-    """Writes the shards of one split. Add documents, then call `close`, which returns the shards.
+    """Writes the shards of one split. Add documents, then call `close`, which returns the shards, and
+    `release`.
 
     dtype: the type of the tokens. shard_tokens: a shard ends with the document that fills it to this many tokens.
     """
@@ -49,7 +50,8 @@ class ShardWriter:
         self.itemsize = np.dtype(dtype).itemsize
         self._done: list[Shard] = []
         self._bin: IO[bytes] | None = None
-        self._pool, self._syncing = ThreadPoolExecutor(1, "packspeed-sync"), cast(Future[None] | None, None)
+        self._pool = ThreadPoolExecutor(1, "packspeed-sync")
+        self._syncing: Future[None] | None = None
         self._unsynced = 0
 
     def add(self, tokens: Tokens) -> None:
@@ -103,6 +105,7 @@ class ShardWriter:
             self._hash.update(chunk)
             self._unsynced += len(chunk)
             if self._unsynced >= SYNC_BYTES and (self._syncing is None or self._syncing.done()):
+                self._check_sync()
                 self._syncing = self._pool.submit(sync_data, self._bin.fileno())
                 self._unsynced = 0
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
@@ -116,8 +119,13 @@ class ShardWriter:
             self._finish(self._bin)
         return self._done
 
-    def abandon(self) -> None:
-        """Close the file of an unfinished shard after an error, and end the thread. Call it after `close`, too."""
+    def _check_sync(self) -> None:
+        """Wait for the last sync in the thread. Raises the OSError if it failed: no later sync would report it."""
+        if self._syncing is not None:
+            self._syncing.result()
+
+    def release(self) -> None:
+        """End the thread, and after an error close the file of the unfinished shard. Call it in every case."""
         self._pool.shutdown()
         if self._bin is not None:
             with contextlib.suppress(OSError):  # if the disk is full, closing fails too
@@ -127,7 +135,7 @@ class ShardWriter:
         """Open the next shard for writing, under a temporary name."""
         self._name = f"{self._split}-{len(self._done):05d}"
         path = temporary(self._path(".bin"))
-        self._bin = open(path, "wb", buffering=WRITE_BUFFER_BYTES)  # noqa: SIM115  (_finish or abandon closes it)
+        self._bin = open(path, "wb", buffering=WRITE_BUFFER_BYTES)  # noqa: SIM115  (_finish or release closes it)
         self._hash, self._lengths, self._tokens = xxhash.xxh3_128(), array("i"), 0
         self._unsynced, self._syncing = 0, None
 
@@ -137,8 +145,7 @@ class ShardWriter:
     def _finish(self, stream: IO[bytes]) -> None:
         """Sync the current .bin file (`stream`), write its .idx file, and rename both to their final names."""
         with stream:
-            if self._syncing is not None:
-                self._syncing.result()
+            self._check_sync()
             sync_stream(stream)
         lengths = np.array(self._lengths, dtype=np.int32)
         with open(temporary(self._path(".idx")), "wb") as index:

@@ -76,7 +76,7 @@ class UnitWorker:
     def encode(self, unit: Unit, report: ReportCounts, check: CheckSample) -> Receipt:
         """Encode one unit, write its tokens and documents, and return its receipt, which the caller must save.
 
-        report: called after each megabyte of text. check: called with a sample of the first tokens, if gigatoken
+        report: called after each batch of text. check: called with a sample of the first tokens, if gigatoken
         encodes. Raises DataError if there are too many bad documents. After an error the unit has no temporary file.
         """
         tally, total, table = Tally(self.skip_bad), Counts(), list[bytes]()
@@ -105,7 +105,7 @@ class UnitWorker:
     def _encoded(
         self, unit: Unit, tally: Tally, table: list[bytes], check: CheckSample
     ) -> Iterator[tuple[Tokens, Counts]]:
-        """Yield the tokens (n,) and the counts of about a megabyte of text at a time.
+        """Yield the tokens (n,) and the counts of about half a megabyte of text at a time.
 
         table: a row (number of tokens, hash), as bytes, is appended for each document that ends in that text.
         """

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, TypedDict
 
@@ -112,13 +112,10 @@ class WorkerPool:
                 selector.register(channel.pipe, selectors.EVENT_READ, channel)
             while waiting or any(channel.units for channel in channels):
                 for key, _ in selector.select():
-                    channel = key.data
-                    for message in channel.arrived():
-                        channel.units -= "receipt" in message
+                    for message in key.data.arrived():
                         if "ready" in message or "receipt" in message:
                             # While many are left, a worker has the next unit before it needs it, and never waits.
-                            while waiting and channel.units < 1 + (len(waiting) > len(channels)):
-                                channel.send(waiting.pop())
+                            key.data.fill(waiting, 2 if len(waiting) > len(channels) else 1)
                         if "sample" in message:
                             self._check(Sample(**message["sample"]))
                         if "counts" in message:
@@ -190,14 +187,16 @@ class _Channel:
         self.pipe, self.units = worker.stdout, 0
         self._worker, self._unfinished = worker, b""
 
-    def send(self, unit: Unit) -> None:
-        """Ask the worker to encode a unit, after those that it was sent before."""
+    def fill(self, waiting: list[Unit], limit: int) -> None:
+        """Send the worker units from the end of `waiting`, until it has `limit` of them or none is left."""
         assert self._worker.stdin is not None
-        self.units += 1
-        self._worker.stdin.write(b"%d\n" % unit.number)
+        while waiting and self.units < limit:
+            self.units += 1
+            with contextlib.suppress(BrokenPipeError):  # the worker has ended; its last message says why
+                self._worker.stdin.write(b"%d\n" % waiting.pop().number)
 
-    def arrived(self) -> list[Message]:
-        """Wait until some bytes arrive. Return the messages that are complete with them.
+    def arrived(self) -> Iterator[Message]:
+        """Wait until some bytes arrive. Yield the messages that are complete with them.
 
         Raises the error that the worker reports, or DataError if the worker has ended.
         """
@@ -205,14 +204,15 @@ class _Channel:
         if not received:
             raise self._ended()
         *lines, self._unfinished = (self._unfinished + received).split(b"\n")
-        messages: list[Message] = [json.loads(line) for line in lines]
-        for message in messages:
+        for line in lines:
+            message: Message = json.loads(line)
             if "error" in message:
                 kind = UsageError if message["exit_code"] == UsageError.exit_code else DataError
                 raise kind(message["error"])
             if "errno" in message:
                 raise OSError(message["errno"], message["reason"])
-        return messages
+            self.units -= "receipt" in message
+            yield message
 
     def _ended(self) -> DataError:
         """Return the error to raise if the worker has ended."""

@@ -15,7 +15,7 @@ import orjson
 from packspeed.data.errors import DataError
 from packspeed.data.read.formats import BINARY_FORMATS
 from packspeed.data.read.sources import Source
-from packspeed.data.read.streams import BYTE_ORDER_MARK, CHUNK_BYTES, read_chunks
+from packspeed.data.read.streams import BYTE_ORDER_MARK, read_chunks
 
 COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -26,6 +26,9 @@ COMPRESSED = {
 
 
 BINARY = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow", b"WARC/": "warc"}
+
+
+HEAD_BYTES = 2**20
 
 
 _RECORDS = re.compile(rb'\s*(\[\s*)?\{\s*("|\})')
@@ -63,7 +66,7 @@ def _head(source: Source) -> bytes:
     head = b""
     for chunk in read_chunks(source):
         head += chunk
-        if len(head) >= CHUNK_BYTES:
+        if len(head) >= HEAD_BYTES:
             break
     return head.removeprefix(BYTE_ORDER_MARK)
 

@@ -73,7 +73,7 @@ def local_copy(source: Source) -> Iterator[Source]:
 
 
 def read_chunks(source: Source) -> Iterator[bytes]:
-    """Yield the content of a source, decompressed, in chunks of about a megabyte.
+    """Yield the content of a source, decompressed, in chunks of about half a megabyte.
 
     If it is not compressed, yield only the bytes source.start .. source.end - 1 (an end of -1: to the end of the file).
     Raises DataError if the file is damaged or ends inside a compressed stream, and OSError if it does not exist or
@@ -147,7 +147,7 @@ def _zstd_pieces(raw: IO[bytes]) -> Iterator[bytes]:
 
 
 def _joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Join small pieces of bytes to chunks of up to a megabyte, and cut larger pieces."""
+    """Join small pieces of bytes to chunks of about half a megabyte, and cut larger pieces."""
     held, size = list[bytes](), 0
     for piece in pieces:
         held.append(piece)

@@ -193,8 +193,8 @@ def _content(column: Any, row: int) -> Any:
 def _long_value(buffer: Any, source: Source, row: int, release: Callable[[], object]) -> Iterator[Document]:
     """Yield the document in one row, whose text is long, in pieces. buffer: the text in UTF-8.
 
-    The text is decoded twice, a megabyte at a time: first only to check it, which raises UnicodeDecodeError if it is
-    not UTF-8, then to yield it. release: called after each megabyte to free the mapped pages that have been read.
+    The text is decoded twice, in parts: first only to check it, which raises UnicodeDecodeError if it is not UTF-8,
+    then to yield it. release: called after each part to free the mapped pages that have been read.
     """
 
     def decoded() -> Iterator[str]:

@@ -4,8 +4,7 @@ A rename inside one folder is atomic on every POSIX file system, so a reader see
 part of one. After the fsync of the folder the new name survives a power failure.
 
 Use `write_file` for small files. For a large file, write to `temporary(path)` and call `sync_data` every few megabytes,
-in another thread, so that the fsync at the end is short. Then call `sync_stream`, `rename_temporary` and `sync` of the
-folder.
+so that the fsync at the end is short. Then call `sync_stream`, `rename_temporary` and `sync` of the folder.
 """
 
 from __future__ import annotations

@@ -388,10 +388,15 @@ def _chunks(spec: EngineSpec) -> int:
     limit = CPU_CHUNK_BYTES if spec.device == "cpu" else GPU_CHUNK_BYTES
     if spec.device == "cpu" and spec.value_bytes == 2 and logits <= limit + SUM_BYTES * rows * spec.model.d_model:
         return 1  # model/fused_loss.py: a second chunk would take more memory than it saves
-    lends = spec.stage == 1 and spec.accumulation == 1 and not (spec.overlap or spec.offload_optimizer)
-    if spec.device == "cpu" and lends and spec.model.extra_heads == 0 and logits <= 4 * spec.parameters:
-        return 1  # in the tensor that the gradients get later (patches/flat_gradients.py)
+    lends = _adds_in_one_tensor(spec) and spec.accumulation == 1 and spec.model.extra_heads == 0
+    if spec.device == "cpu" and lends and spec.model.logit_softcap is None and logits <= 4 * spec.parameters:
+        return 1  # in the tensor that the gradients get later
     return max(1, int(-(-logits // limit)))
+
+
+def _adds_in_one_tensor(spec: EngineSpec) -> bool:
+    """Return whether gradients are added up in one fp32 tensor, as patches/flat_gradients.py does at ZeRO-1."""
+    return spec.stage == 1 and spec.precision != "fp16" and not (spec.overlap or spec.offload_optimizer)
 
 
 def _gathered(spec: EngineSpec) -> float:
@@ -432,8 +437,9 @@ def _end_of_forward(spec: EngineSpec) -> Kinds:
     rows = spec.predictions * spec.model.d_model * spec.value_bytes  # the head's input, which nothing keeps
     losses, weight = _losses(spec), gradients - rows  # the weight's gradient comes after the first losses
     both = spec.device == "cpu" and _chunks(spec) == 1 and spec.model.extra_heads == 0
-    # In fp32, ZeRO-1 keeps its bucket from the first micro batch of a step to the last.
-    bucket = _bucket(spec) if spec.stage == 1 and spec.weight_bytes == 4 and spec.accumulation > 1 else {}
+    # In fp32, ZeRO-1 with buckets keeps them from the first micro batch of a step to the last.
+    keeps = spec.stage == 1 and spec.weight_bytes == 4 and spec.accumulation > 1 and not _adds_in_one_tensor(spec)
+    bucket = _bucket(spec) if keeps else {}
     return bucket | {
         "gathered": _gathered(spec),
         "activations": kept + _embedding(spec) + _last_norm(spec) + rows + (weight if both or weight >= losses else 0),
@@ -514,8 +520,8 @@ def _bucket(spec: EngineSpec) -> Kinds:
     elements = spec.reduce_bucket * (2 if spec.overlap else 1)
     if spec.stage in (0, 3):
         return {}
-    if spec.stage == 1 and not spec.overlap and not spec.offload_optimizer:
-        return {"gradients": 4 * spec.parameters}  # one fp32 tensor, patches/flat_gradients.py
+    if _adds_in_one_tensor(spec):
+        return {"gradients": 4 * spec.parameters}
     return {"buckets": spec.weight_bytes * elements}
 
 
@@ -536,7 +542,7 @@ def _end_of_backward(spec: EngineSpec) -> Kinds:
             return {"gradients": 4 * count, "communication": copy}
         return {"gradients": 4 * count, "recompute": block + branch}
     own = held(spec.stage, spec.precision)[1].on(spec.ranks) * count
-    if spec.stage == 1 and not spec.overlap and not spec.offload_optimizer:
+    if _adds_in_one_tensor(spec):
         return {"gradients": own, "recompute": block + branch, "buckets": e * spec.largest}
     # The bucket, the gradients that it was filled from, and for 16 bits the fp32 copy that is sent.
     copies = {
@@ -556,7 +562,7 @@ def _step(spec: EngineSpec) -> Kinds:
     """Return the memory in the optimizer's step: gradients and temporary tensors."""
     share = spec.parameters / (spec.ranks if spec.stage else 1)
     gradients = 4 * share if spec.stage < 3 else 0.0
-    if spec.stage == 1 and spec.weight_bytes == 4 and spec.ranks > 1:
+    if spec.stage == 1 and spec.weight_bytes == 4 and spec.ranks > 1 and not _adds_in_one_tensor(spec):
         gradients = max(gradients, 4.0 * spec.largest)
     copies = 8 * min(share, spec.largest if spec.stage == 0 else share) if spec.adam_copies else 0.0
     if spec.offload_optimizer:

@@ -79,7 +79,7 @@ class MirrorFolder:
         target = f"{self._root}/{name}"
         if self._is_local:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
-            _copy(path, Path(target), progress)
+            _copy(path, Path(target), progress, durable=True)
             sync(Path(target))
             return
         options: dict[str, Any] = {}
@@ -95,7 +95,7 @@ class MirrorFolder:
     def download(self, name: str, path: Path, progress: Callable[[], object] = int) -> None:
         """Copy a file of the mirror to the local file `path`. `progress` is called after every part."""
         if self._is_local:
-            _copy(Path(self._root, name), path, progress)
+            _copy(Path(self._root, name), path, progress, durable=False)
             return
         self._store.get_file(f"{self._root}/{name}", str(path), callback=_progress(progress))
 
@@ -122,13 +122,17 @@ class MirrorFolder:
         return self.url.partition("://")[0] in schemes
 
 
-def _copy(source: Path, target: Path, progress: Callable[[], object]) -> None:
-    """Copy a local file in parts, and call `progress` after each. fsspec reports no progress for local files."""
+def _copy(source: Path, target: Path, progress: Callable[[], object], durable: bool) -> None:
+    """Copy a local file in parts, and call `progress` after each. fsspec reports no progress for local files.
+
+    durable: each part is on the disk before `progress` is called, so that no wait is long.
+    """
     with source.open("rb") as read, target.open("wb") as written:
         while part := read.read(PART_BYTES):
             written.write(part)
-            written.flush()
-            sync_data(written.fileno())
+            if durable:
+                written.flush()
+                sync_data(written.fileno())
             progress()
 
 

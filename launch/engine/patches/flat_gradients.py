@@ -38,15 +38,9 @@ def accumulate_in_flat_tensors(engine: Engine) -> None:
     call bf16_gradients.sum_gradients before it: gradients are then sums, which this patch does not divide either.
     """
     optimizer: Any = engine.optimizer
-    if not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.partition_gradients:
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer) or not _can_be_flat(engine, optimizer):
         return
     groups = range(len(optimizer.bit16_groups))
-    scaled = engine.fp16_enabled() or engine.torch_autocast_enabled() or optimizer.gradient_predivide_factor != 1.0
-    reordered = optimizer.round_robin_gradients or optimizer.parameter_alignment
-    moved = optimizer.overlap_comm or optimizer.cpu_offload
-    dtypes = {optimizer.gradient_accumulation_dtype, optimizer.communication_data_type}
-    if scaled or reordered or moved or dtypes != {torch.float32}:
-        return
     # In DeepSpeed every gradient is divided by this number, also those of experts, which fewer ranks share.
     averaged = dist.get_world_size(group=optimizer.dp_process_group) / optimizer.sequence_parallel_size
     divisor = averaged if optimizer.gradient_average else 1.0
@@ -68,15 +62,16 @@ def accumulate_in_flat_tensors(engine: Engine) -> None:
         return flat[group][offset : offset + parameter.numel()]
 
     def lend(count: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Lend memory for logits: `count` elements of `dtype` at the start of the gradient tensor of group 0.
+        """Lend memory for logits: `count` elements of `dtype` at the start of the largest gradient tensor.
 
         Returns None if that tensor is too small, has gradients in it, or is not on a CPU.
         """
-        like = optimizer.bit16_groups_flat[0]
+        largest = max(groups, key=lambda group: optimizer.bit16_groups_flat[group].numel())
+        like = optimizer.bit16_groups_flat[largest]
         if filled or not like.is_cpu or count * dtype.itemsize > 4 * like.numel():
             return None
-        slot(optimizer.bit16_groups[0][0])
-        return flat[0].view(dtype)[:count]
+        slot(optimizer.bit16_groups[largest][0])
+        return flat[largest].view(dtype)[:count]
 
     def fill(param: torch.Tensor, i: int = 0) -> None:
         if param.grad is None:
@@ -92,6 +87,7 @@ def accumulate_in_flat_tensors(engine: Engine) -> None:
             end = 0
             for parameter in optimizer.bit16_groups[group]:
                 end += parameter.numel()
+                fill(parameter)  # with contiguous_gradients: false, DeepSpeed has no hook that does it
                 if id(parameter) not in filled:
                     slot(parameter).zero_()
             whole = flat.pop(group)
@@ -114,3 +110,12 @@ def accumulate_in_flat_tensors(engine: Engine) -> None:
     replace(optimizer, "process_gradients", fill)
     replace(optimizer, "_fill_param_grad_accum_attribute", fill)
     replace(optimizer, "reduce_gradients", reduce_gradients)
+
+
+def _can_be_flat(engine: Engine, optimizer: Any) -> bool:
+    """Return whether a ZeRO optimizer reduces the fp32 sums of this engine's gradients once, at the end of a step."""
+    scaled = engine.fp16_enabled() or engine.torch_autocast_enabled() or optimizer.gradient_predivide_factor != 1.0
+    reordered = optimizer.round_robin_gradients or optimizer.parameter_alignment
+    moved = optimizer.partition_gradients or optimizer.overlap_comm or optimizer.cpu_offload
+    dtypes = {optimizer.gradient_accumulation_dtype, optimizer.communication_data_type}
+    return not (scaled or reordered or moved) and dtypes == {torch.float32}
