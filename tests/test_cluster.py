@@ -24,7 +24,9 @@ from support.workspace import Workspace
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
 STEPS = 60
-TOLERANCE = 1e-5
+# Another number of ranks adds in another order. Adam divides a gradient by its size, so it can turn that difference, in
+# an element near zero, into a step of the learning rate, here 1e-3. A resume without Adam's state is off by 1e-2.
+TOLERANCE = 1e-3
 LONG = 150  # of a run that must not be over before a host is back
 SETS = (f"train.steps={STEPS}", "train.global_batch_tokens=384", "eval.every_steps=0", "checkpoint={every_steps: 5}")
 TRAIN = str(ROOT / "launch" / "train.py")
