@@ -8,7 +8,7 @@ Source: Liger (https://arxiv.org/abs/2410.10989).
 
 The optional soft cap makes the logits c * tanh(logits / c) (Gemma 2, https://arxiv.org/abs/2408.00118, section 2).
 The optional z-loss adds z_loss * log(sum exp logits)^2 per token (PaLM, https://arxiv.org/abs/2204.02311, section 5).
-Memory: the logits of a chunk take at most 256 MiB on CPUs (`_chunks` describes an exception) and 2 GiB on GPUs. If the
+Memory: the logits of a chunk take at most 128 MiB on CPUs (`_chunks` describes an exception) and 2 GiB on GPUs. If the
 caller lends memory for the logits of all tokens, there is one chunk.
 """
 
@@ -85,7 +85,7 @@ def _weighted(losses: Tensor, later: float) -> Tensor:
 def _chunks(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     """Split rows (N, ...) into chunks whose logits, (rows of the chunk, padded V), are within the limit of the device.
 
-    The limits are 256 MiB on CPUs and 2 GiB on GPUs. weight: the head's, (padded V, C). On CPUs there is only one
+    The limits are 128 MiB on CPUs and 2 GiB on GPUs. weight: the head's, (padded V, C). On CPUs there is only one
     chunk if a second one would take more memory than it saves.
     """
     size = rows.size(0) * weight.size(0) * weight.element_size()
