@@ -24,9 +24,8 @@ from support.workspace import Workspace
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
 STEPS = 60
-# Another number of ranks adds in another order. Adam divides a gradient by its size, so it can turn that difference, in
-# an element near zero, into a step of the learning rate, here 1e-3. A resume without Adam's state is off by 1e-2.
-TOLERANCE = 1e-3
+TOLERANCE = 1e-5
+LONG_TOLERANCE = 1e-3  # on a Xeon the long run alone leaves the others by 1.3e-4, with any number of ranks (LOG.md)
 LONG = 150  # of a run that must not be over before a host is back
 SETS = (f"train.steps={STEPS}", "train.global_batch_tokens=384", "eval.every_steps=0", "checkpoint={every_steps: 5}")
 TRAIN = str(ROOT / "launch" / "train.py")
@@ -134,7 +133,8 @@ class Launch:
         mine, its = ([x for x in self.workspace.metrics(name) if "loss" in x] for name in (self.name, reference))
         assert [line["step"] for line in mine] == [line["step"] for line in its]
         assert [line["data_hash"] for line in mine] == [line["data_hash"] for line in its]
-        assert [line["loss"] for line in mine] == pytest.approx([line["loss"] for line in its], abs=TOLERANCE)
+        tolerance = LONG_TOLERANCE if reference == "long" else TOLERANCE
+        assert [line["loss"] for line in mine] == pytest.approx([line["loss"] for line in its], abs=tolerance)
 
 
 def test_three_hosts_give_the_curve_of_one(cluster: Cluster, workspace: Workspace, reference: None) -> None:

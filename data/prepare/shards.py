@@ -39,8 +39,7 @@ Lengths = npt.NDArray[np.int64]
 
 
 class ShardWriter:
-    """Writes the shards of one split. Add documents, then call `close`, which returns the shards, and
-    `release`.
+    """Writes the shards of one split. Add documents, then call `close`, which returns the shards, and `release`.
 
     dtype: the type of the tokens. shard_tokens: a shard ends with the document that fills it to this many tokens.
     """
