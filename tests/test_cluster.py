@@ -25,9 +25,12 @@ pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
 STEPS = 60
 TOLERANCE = 1e-5
-LONG_TOLERANCE = 1e-3  # on a Xeon the long run alone leaves the others by 1.3e-4, with any number of ranks (LOG.md)
 LONG = 150  # of a run that must not be over before a host is back
-SETS = (f"train.steps={STEPS}", "train.global_batch_tokens=384", "eval.every_steps=0", "checkpoint={every_steps: 5}")
+# With the warm-up, training is stable. Without it, the loss rises in mid-run, and rounding grows to 1e-4 (LOG.md).
+SETS = (
+    f"train.steps={STEPS}", "train.global_batch_tokens=384", "train.schedule.warmup_steps=20",
+    "eval.every_steps=0", "checkpoint={every_steps: 5}",
+)  # fmt: skip
 TRAIN = str(ROOT / "launch" / "train.py")
 DEEPSPEED, PACKSPEED = (str(Path(sys.executable).with_name(name)) for name in ("deepspeed", "packspeed"))
 
@@ -133,8 +136,7 @@ class Launch:
         mine, its = ([x for x in self.workspace.metrics(name) if "loss" in x] for name in (self.name, reference))
         assert [line["step"] for line in mine] == [line["step"] for line in its]
         assert [line["data_hash"] for line in mine] == [line["data_hash"] for line in its]
-        tolerance = LONG_TOLERANCE if reference == "long" else TOLERANCE
-        assert [line["loss"] for line in mine] == pytest.approx([line["loss"] for line in its], abs=tolerance)
+        assert [line["loss"] for line in mine] == pytest.approx([line["loss"] for line in its], abs=TOLERANCE)
 
 
 def test_three_hosts_give_the_curve_of_one(cluster: Cluster, workspace: Workspace, reference: None) -> None:
