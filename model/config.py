@@ -20,9 +20,8 @@ VOCAB_MULTIPLE = 128  # GEMMs are fastest on full tiles, and tensor-parallel ran
 FP8_MULTIPLE = 16  # sizes of a product in 8 bits are multiples of it: torch._scaled_mm refuses others
 SWIGLU_MULTIPLE = 256  # Llama's `multiple_of`
 # Limits of memory for a moment, which the planner counts too. Logits exist in chunks (fused_loss.py) ...
-CPU_CHUNK_BYTES = 1 << 27  # 128 MiB: logits of 667 tokens with GPT-2's vocabulary in fp32
+CPU_CHUNK_BYTES = 1 << 29  # 512 MiB: logits of 2,668 tokens with GPT-2's vocabulary in fp32
 GPU_CHUNK_BYTES = 1 << 31  # 2 GiB: 21,345 such tokens in bf16; each chunk reads and writes the weight's gradient
-SUM_BYTES = 4 + 2  # per weight of the head, to sum the 16-bit products of several chunks on a CPU: sum and product
 # ... and their losses are computed in blocks of rows (reference_ops.py).
 CPU_BLOCK_ELEMENTS = 1 << 18  # logits: 1 MiB in fp32, which stays in a core's L2 cache
 GPU_BLOCK_ELEMENTS = 1 << 26  # logits: 256 MiB in fp32: few kernel launches, and bounded memory

@@ -8,8 +8,8 @@ Source: Liger (https://arxiv.org/abs/2410.10989).
 
 The optional soft cap makes the logits c * tanh(logits / c) (Gemma 2, https://arxiv.org/abs/2408.00118, section 2).
 The optional z-loss adds z_loss * log(sum exp logits)^2 per token (PaLM, https://arxiv.org/abs/2204.02311, section 5).
-Memory: the logits of a chunk take at most 128 MiB on CPUs (`_chunks` describes an exception) and 2 GiB on GPUs. If the
-caller lends memory for the logits of all tokens, there is one chunk.
+Memory: the logits of a chunk take at most 512 MiB on CPUs and 2 GiB on GPUs. If the caller lends memory for the logits
+of all tokens, there is one chunk.
 """
 
 import functools
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packspeed.model.config import CPU_BLOCK_ELEMENTS, CPU_CHUNK_BYTES, GPU_CHUNK_BYTES, SUM_BYTES
+from packspeed.model.config import CPU_BLOCK_ELEMENTS, CPU_CHUNK_BYTES, GPU_CHUNK_BYTES
 from packspeed.model.kernels import Losses
 
 # Lends a flat tensor of so many elements of a dtype, which nothing else uses until the next backward pass; or None.
@@ -85,13 +85,10 @@ def _weighted(losses: Tensor, later: float) -> Tensor:
 def _chunks(rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     """Split rows (N, ...) into chunks whose logits, (rows of the chunk, padded V), are within the limit of the device.
 
-    The limits are 128 MiB on CPUs and 2 GiB on GPUs. weight: the head's, (padded V, C). On CPUs there is only one
-    chunk if a second one would take more memory than it saves.
+    The limits are CPU_CHUNK_BYTES and GPU_CHUNK_BYTES. weight: the head's, (padded V, C).
     """
     size = rows.size(0) * weight.size(0) * weight.element_size()
     count = -(-size // (CPU_CHUNK_BYTES if rows.is_cpu else GPU_CHUNK_BYTES))
-    if rows.is_cpu and weight.element_size() == 2 and size <= CPU_CHUNK_BYTES + SUM_BYTES * weight.numel():
-        count = 1  # a second chunk would take more memory than it saves
     # All chunks have about the same size: a small last chunk would be a slow GEMM.
     return torch.split(rows, max(1, -(-rows.size(0) // max(1, count))))
 

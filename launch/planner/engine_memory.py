@@ -28,7 +28,6 @@ from packspeed.model.config import (
     CPU_CHUNK_BYTES,
     GPU_BLOCK_ELEMENTS,
     GPU_CHUNK_BYTES,
-    SUM_BYTES,
     GPTConfig,
     largest_parameter,
     num_parameters,
@@ -386,8 +385,6 @@ def _chunks(spec: EngineSpec) -> int:
     rows = spec.own.vocab_size
     logits = spec.tokens * rows * spec.value_bytes
     limit = CPU_CHUNK_BYTES if spec.device == "cpu" else GPU_CHUNK_BYTES
-    if spec.device == "cpu" and spec.value_bytes == 2 and logits <= limit + SUM_BYTES * rows * spec.model.d_model:
-        return 1  # model/fused_loss.py: a second chunk would take more memory than it saves
     lends = _adds_in_one_tensor(spec) and spec.accumulation == 1 and spec.model.extra_heads == 0
     if spec.device == "cpu" and lends and spec.model.logit_softcap is None and logits <= 4 * spec.parameters:
         return 1  # in the tensor that the gradients get later
