@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from packspeed.data.prepare import worker_pool
 from support.workspace import Workspace, make_workspace
 
 # A pytest-xdist worker runs complete files. The longest run first, so that no worker has to run one alone at the end.
@@ -28,8 +29,16 @@ started: list[str] = []  # the processes that this test and its fixtures have st
 
 
 def note_start(event: str, arguments: tuple[Any, ...]) -> None:
-    """Record a process that Python starts. git is allowed, and file and uname, which the module platform runs."""
-    if event in STARTING and not (event == "subprocess.Popen" and arguments[0] in ("git", "file", "uname")):
+    """Record a process that Python starts, except for those that any test may start.
+
+    These are git; file and uname, which the module platform runs; and the process in which `prepare` encodes. It is
+    forked if pytest has a single thread, which is so without pytest-xdist.
+    """
+    if event == "subprocess.Popen":
+        harmless = arguments[0] in ("git", "file", "uname")
+    else:
+        harmless = event == "os.fork" and sys._getframe(1).f_code.co_filename == worker_pool.__file__
+    if event in STARTING and not harmless:
         started.append(f"{event}{arguments[:2]}"[:300])
 
 
