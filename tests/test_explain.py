@@ -122,6 +122,7 @@ CASES: list[tuple[str, list[str], dict[str, Any] | None, int]] = [
     ("schedule-settings-unused", ["train.schedule.decay_steps=3"], None, 1),
     ("schedule-settings-unused", ["train.optimizer.muon_lr=0.02"], None, 1),
     ("decay-longer-than-the-run", ["train.schedule.name=wsd", "train.schedule.decay_steps=30"], None, 1),
+    ("no-warmup", ["train.steps=200"], None, 1),
     ("unusual-learning-rate", ["train.optimizer.lr=0.1"], None, 1),
     ("unusual-learning-rate", ["train.optimizer.betas=[0.9, 1.5]"], None, 1),
     ("muon-rate-of-another-scale", ["train.optimizer.name=muon"], None, 1),

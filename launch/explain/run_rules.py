@@ -15,6 +15,8 @@ MUON_ONLY = (
     "split_fused", "row_beta",
 )  # fmt: skip
 
+SHORT_RUN = 100  # steps; a shorter run is a trial
+
 
 # ---- learning rate ----
 @rule("loss")
@@ -46,6 +48,21 @@ def warmup_is_most_of_the_run(case: Case) -> Iterator[str]:
             f"train.schedule.warmup_steps = {warmup} is {warmup / total:.0%} of the run's {total} steps. Lower it; 1% "
             f"to "
             "5% is usual."
+        )
+
+
+@rule("loss", "RAdam, arXiv:1908.03265; LOG.md, 2026-11-30")
+def no_warmup(case: Case) -> Iterator[str]:
+    """AdamW starts at the peak learning rate, while its estimates of the second moments rest on few gradients.
+
+    Symptom: the loss rises again after some steps, and then runs in different layouts differ by more than rounding.
+    Fix: set train.schedule.warmup_steps to 1% to 5% of the steps.
+    """
+    train = case.run.train
+    if train.optimizer.name == "adamw" and train.schedule.warmup_steps == 0 and train.total_steps >= SHORT_RUN:
+        yield (
+            "train.schedule.warmup_steps = 0 starts AdamW at its peak learning rate. Warm up for 1% "
+            f"to 5% of the run's {train.total_steps:,} steps."
         )
 
 
