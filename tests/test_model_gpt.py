@@ -313,6 +313,25 @@ def test_which_blocks_are_recomputed(choice: Any, expected: list[int]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 6])
+def test_a_batch_in_any_parts_is_float64_within_rounding(family: str, rows: int) -> None:
+    """The loss and the gradient of a batch, computed `rows` rows at a time."""
+    model, (tokens, labels) = build(**FAMILIES[family]), batch(6)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(2)  # attention is no longer almost uniform
+    exact = copy.deepcopy(model).double()
+    exact_loss = exact(tokens, labels, reduction="sum")
+    exact_loss.backward()
+    losses = [model(*part, reduction="sum") for part in zip(tokens.split(rows), labels.split(rows), strict=True)]
+    loss = torch.stack(losses).sum()
+    loss.backward()
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=5e-7, atol=0)
+    for mine, its in zip(model.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad.double(), its.grad, rtol=0, atol=1e-5 * float(its.grad.abs().max()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("native", [False, True])
 def test_bf16_is_fp32_within_rounding(family: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("packspeed.model.linear.CPU_HAS_BF16", native)
