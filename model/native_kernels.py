@@ -62,18 +62,26 @@ def build() -> ctypes.CDLL:
 
     Raises BuildError if there is no compiler or if it fails, and OSError if the cache folder is not writable.
     """
+    return compiled("native_kernels", SOURCES, HEADERS)
+
+
+def compiled(name: str, sources: Sequence[Path], headers: Sequence[Path] = (), *options: str) -> ctypes.CDLL:
+    """Return a library of C++ sources; compile it first if the cache folder has none of these files for this CPU.
+
+    options: of the compiler, after the names of the sources. Raises what `build` raises.
+    """
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     # By default GCC uses 256-bit vectors even with AVX-512, because older CPUs lowered their clock for wider ones.
     flags = [*FLAGS, *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else [])]
-    texts = [path.read_text() for path in (*HEADERS, *SOURCES)]
-    identity = "\n".join([*texts, *compiler, *flags, _cpu()])
+    texts = [path.read_text() for path in (*headers, *sources)]
+    identity = "\n".join([*texts, *compiler, *flags, *options, _cpu()])
     digest = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
-    library = _folder() / f"native_kernels-{digest}.so"
+    library = _folder() / f"{name}-{digest}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             built = Path(folder) / library.name
-            _compile([*compiler, *flags, *map(str, SOURCES), "-o", str(built)])
+            _compile([*compiler, *flags, *map(str, sources), *options, "-o", str(built)])
             built.replace(library)  # atomic: other processes see the complete file or none
     return ctypes.CDLL(str(library))
 

@@ -296,3 +296,11 @@ def test_native_bits_do_not_depend_on_the_threads(dtype: torch.dtype) -> None:
         torch.set_num_threads(threads)
     for each in seen[1:]:
         assert all(torch.equal(a, b) for a, b in zip(each, seen[0], strict=True))
+
+
+@pytest.mark.launch
+def test_freed_memory_is_kept_for_tensors_of_about_its_size() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "support" / "kept_memory.py")], capture_output=True, text=True
+    )
+    assert (done.stdout, done.returncode) == ("memory is kept\n", 0), done.stderr

@@ -416,16 +416,3 @@ def test_the_peak_is_measured_with_random_numbers(monkeypatch: pytest.MonkeyPatc
     assert all(abs(float(x.mean())) < 0.01 and abs(float(x.std()) - 1) < 0.01 for x in factors[:2])
     assert not torch.equal(factors[0], factors[1])
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_memory_is_kept_after_the_optimizer_has_made_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
-    monkeypatch.setattr(hardware, "keep_memory", lambda: calls.append(len(optimizer.state[weight])))
-    hardware.keep_memory_from_step_2(optimizer)
-    assert not calls
-    for _ in range(3):
-        weight.grad = torch.ones(3)
-        optimizer.step()
-    assert calls == [1]  # once, when the momentum existed

@@ -34,7 +34,6 @@ from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.engine.distributed import Topology, no_beat
 from packspeed.launch.engine.experts import expert_part, mark_experts
 from packspeed.launch.engine.groups import optimizer_groups
-from packspeed.launch.engine.hardware import keep_memory_from_step_2
 from packspeed.launch.engine.mpu import make_mpu
 from packspeed.launch.engine.muon import Muon, products_dtype
 from packspeed.launch.engine.ops import adamw_class, device_type
@@ -229,7 +228,6 @@ def _build_engine(
         accumulate_in_flat_tensors(engine)
     if engine.bfloat16_enabled() or engine.torch_autocast_enabled():
         update_in_full_vectors(adam)
-    keep_memory_from_step_2(engine.basic_optimizer)
     return engine
 
 

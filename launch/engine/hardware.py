@@ -1,4 +1,4 @@
-"""Facts and settings of the machine: names and versions, threads, peak FLOP/s, memory, and glibc's memory allocator.
+"""Facts and settings of the machine: names and versions, threads, peak FLOP/s and memory.
 
 The peak FLOP/s is the divisor of MFU (model FLOP utilisation).
 """
@@ -6,7 +6,6 @@ The peak FLOP/s is the divisor of MFU (model FLOP utilisation).
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import platform
 import time
@@ -22,13 +21,12 @@ from packspeed.launch.config.peaks import datasheet_peak
 from packspeed.launch.engine.ops import device_type
 from packspeed.launch.run_folder.folder import cpu_model
 from packspeed.launch.run_folder.formats import ComputeEnvironment
+from packspeed.model import native_memory
+from packspeed.model.native_kernels import BuildError
 
 if TYPE_CHECKING:
     from packspeed.launch.engine.distributed import Topology
     from packspeed.launch.engine.protocol import Engine
-
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # option numbers of mallopt, from glibc's malloc.h
 
 
 def limit_threads(local_size: int) -> int:
@@ -44,33 +42,15 @@ def limit_threads(local_size: int) -> int:
 
 
 def keep_memory() -> None:
-    """Make glibc keep the memory of freed large tensors, so that the next step reuses it. Affects CPU ranks only.
+    """Make CPU ranks keep the memory of freed large tensors, so that the next step reuses it.
 
     By default glibc requests new pages for every tensor above 32 MiB, and the kernel zeroes each page. This happens
-    several times per step and takes about a fifth of a small GPT's step. Keeping the memory needs up to a third more
-    resident memory (LOG.md). If MALLOC_MMAP_MAX_ or MALLOC_MMAP_THRESHOLD_ is set in the environment, this function
-    does nothing.
+    several times per step and takes about a fifth of a small GPT's step. Without a C++ compiler nothing changes. Call
+    this before the model is made: what is allocated before is not reused.
     """
-    if {"MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_"} & set(os.environ) or device_type() != "cpu":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def keep_memory_from_step_2(optimizer: torch.optim.Optimizer) -> None:
-    """Call keep_memory after the optimizer's first step, in which most optimizers allocate their state.
-
-    If it were called earlier, the state would take memory that activations have just freed, and the activations of the
-    next step would need new memory.
-    """
-
-    def first_step_done(*_: object) -> None:
-        handle.remove()
-        keep_memory()
-
-    handle = optimizer.register_step_post_hook(first_step_done)
+    if device_type() == "cpu":
+        with contextlib.suppress(OSError, BuildError):
+            native_memory.keep_memory()
 
 
 def measured_peak(dtype: torch.dtype, seconds: float = 0.15, device: torch.device | str = "cpu") -> float:

@@ -5,8 +5,7 @@
 No table knows a user's CPU, so the run itself is measured: ten of its steps train in a temporary folder. If the run
 accumulates gradients, there is one copy with one micro batch per step and one with two. The time of a step is linear in
 the number of micro batches, so the two give the run's. The copies have all layers, because the memory of a process is
-not linear in them: glibc keeps what is freed, and a large tensor grows the heap if no free piece is long enough. With
-12 layers that was 12% of a process (LOG.md).
+not linear in them: what is freed is kept, and a large tensor takes new memory if no kept block has about its size.
 
 The result is kept in ~/.cache/packspeed/planner, by CPU and threads, versions, model, layout, DeepSpeed JSON, and the
 run file's sections `data` and `train`, without the length of the run and the global batch.

@@ -34,7 +34,7 @@ from packspeed.launch.engine.build import (
     resolve_precision,
 )
 from packspeed.launch.engine.distributed import Topology, launcher_environment, no_beat, start_distributed
-from packspeed.launch.engine.hardware import compute_environment, limit_threads
+from packspeed.launch.engine.hardware import compute_environment, keep_memory, limit_threads
 from packspeed.launch.engine.protocol import Engine
 from packspeed.launch.engine.quiet import DeepSpeedLogFilter, quiet
 from packspeed.launch.observe.console import RunProgress, live
@@ -146,6 +146,7 @@ def connect(
     rank, world, _, local_size = launcher_environment()
     log: Callable[[str], None] = run_folder.say if rank == 0 else lambda line: None
     threads = limit_threads(local_size)
+    keep_memory()
     precision = resolve_precision(run.train.precision)
     plans = plan_stages(run, world)
     plan = plans[run.global_batch]

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from packspeed.launch.config.schedule import learning_rate
 from packspeed.launch.engine.groups import optimizer_groups
-from packspeed.launch.engine.hardware import keep_memory_from_step_2
 from packspeed.launch.engine.ops import adamw_class
 from packspeed.launch.training.micro_batch import dropout_keys, micro_batches
 from packspeed.launch.trials.bench_setup import BenchSetup, PhaseMarks
@@ -100,9 +99,7 @@ def _bare(setup: BenchSetup) -> Baseline:
 
     def optimizer() -> torch.optim.Optimizer:
         options, make = train.optimizer, adamw_class(setup.ds_config)
-        made = make(optimizer_groups(gpt, options), lr=options.lr, betas=options.betas, eps=options.eps)
-        keep_memory_from_step_2(made)  # the same allocator settings as in training
-        return made
+        return make(optimizer_groups(gpt, options), lr=options.lr, betas=options.betas, eps=options.eps)
 
     return Baseline(gpt, loss, optimizer)
 

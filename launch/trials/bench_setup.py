@@ -16,7 +16,7 @@ from packspeed.launch.config.run_data import make_run_loader, open_data
 from packspeed.launch.config.run_file import RunFile
 from packspeed.launch.engine.build import check_precision, resolve_kernels, resolve_precision
 from packspeed.launch.engine.distributed import launcher_environment, start_distributed
-from packspeed.launch.engine.hardware import limit_threads
+from packspeed.launch.engine.hardware import keep_memory, limit_threads
 from packspeed.model.config import GPTConfig
 
 UNLIMITED = 2**40  # last step of the prefetcher; the benchmark ends long before
@@ -107,6 +107,8 @@ class BenchSetup:
             raw["zero_optimization"] = (raw.get("zero_optimization") or {}) | {"stage": job["stage"]}
         _, world, _, local_size = launcher_environment()
         self.threads = limit_threads(local_size)
+        if job["loop"].startswith(("packspeed", "bare")):
+            keep_memory()
         self.plan: BatchPlan = plan_batch(self.run, world)
         self.ds_config = resolve_ds_config(self.run, raw, self.plan, engine_precision(self.precision), self.config)
         # The others run with torch's default, which repeats no bits on GPUs.

@@ -1,0 +1,27 @@
+"""Keep the memory of freed CPU tensors for the next ones. native_memory.cpp says how, and why."""
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+from packspeed.model.native_kernels import compiled
+
+SOURCE = Path(__file__).with_name("native_memory.cpp")
+
+
+def keep_memory() -> None:
+    """Let torch allocate CPU tensors of 1 MiB or more in this process from blocks that are kept when they are freed.
+
+    Compiles the allocator first if it is not in the cache folder. Raises what native_kernels.build raises.
+    """
+    _library().keep_memory()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    folder = Path(torch.__file__).parent
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={torch.compiled_with_cxx11_abi():d}"
+    version = f"-DTORCH={torch.__version__}"  # the library must be compiled again with another one's headers
+    return compiled("native_memory", [SOURCE], [], f"-I{folder}/include", abi, version, f"-L{folder}/lib", "-lc10")
