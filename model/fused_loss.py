@@ -46,7 +46,7 @@ class _HeadLoss(torch.autograd.Function):
         d_x, d_weight = torch.empty_like(x), None
         single = x.size(0) == 1
         one_chunk = single and len(_chunks(x[0], weight)) == 1
-        # On CPUs allocated before the logits, so that these are at the end of the heap and leave no gap when freed.
+        # On CPUs allocated before the logits: in glibc's heap these are then at the end, and leave no gap when freed.
         early = x.is_cpu and single and (one_chunk or weight.element_size() >= 4)  # sums of 16-bit chunks are fp32
         product = torch.empty_like(weight) if early else None
         lends = single and (one_chunk or softcap is None)  # a cap takes more memory of the same size

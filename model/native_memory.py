@@ -11,16 +11,20 @@ from packspeed.model.native_kernels import compiled
 SOURCE = Path(__file__).with_name("native_memory.cpp")
 
 
+@functools.cache
 def keep_memory() -> None:
     """Let torch allocate CPU tensors of 1 MiB or more in this process from blocks that are kept when they are freed.
 
-    Compiles the allocator first if it is not in the cache folder. Raises what native_kernels.build raises.
+    Raises what `build` raises.
     """
-    _library().keep_memory()
+    build().keep_memory()
 
 
-@functools.cache
-def _library() -> ctypes.CDLL:
+def build() -> ctypes.CDLL:
+    """Return the library with the allocator; compile it first if it is not in the cache folder.
+
+    Raises what native_kernels.build raises.
+    """
     folder = Path(torch.__file__).parent
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={torch.compiled_with_cxx11_abi():d}"
     version = f"-DTORCH={torch.__version__}"  # the library must be compiled again with another one's headers

@@ -6,10 +6,12 @@ The peak FLOP/s is the divisor of MFU (model FLOP utilisation).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from packspeed.launch.engine.distributed import Topology
     from packspeed.launch.engine.protocol import Engine
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # option numbers of mallopt, from glibc's malloc.h
+
 
 def limit_threads(local_size: int) -> int:
     """Divide this host's cores evenly between its ranks, and return this rank's number of threads.
@@ -41,16 +45,30 @@ def limit_threads(local_size: int) -> int:
     return torch.get_num_threads()
 
 
-def keep_memory() -> None:
-    """Make CPU ranks keep the memory of freed large tensors, so that the next step reuses it.
+def keep_memory(sizes_vary: bool, note: Callable[[str], None]) -> None:
+    """Make CPU ranks keep the memory of freed tensors, so that the next step reuses it.
 
     By default glibc requests new pages for every tensor above 32 MiB, and the kernel zeroes each page. This happens
-    several times per step and takes about a fifth of a small GPT's step. Without a C++ compiler nothing changes. Call
-    this before the model is made: what is allocated before is not reused.
+    several times per step and takes about a fifth of a small GPT's step. Call this before the model is made: what is
+    allocated before is not reused.
+
+    Large tensors are kept by native_memory.cpp, and small ones by glibc's heap. The heap also keeps the large ones if
+    that allocator cannot be compiled (`note` gets the reason), or if the sizes of tensors vary from step to step, as
+    those of experts do: it can cut freed tensors to any size. If MALLOC_MMAP_MAX_ or MALLOC_MMAP_THRESHOLD_ is set in
+    the environment, this function does nothing.
     """
-    if device_type() == "cpu":
-        with contextlib.suppress(OSError, BuildError):
-            native_memory.keep_memory()
+    if {"MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_"} & set(os.environ) or device_type() != "cpu":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)  # only glibc has it
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    if sizes_vary:
+        mallopt(M_MMAP_MAX, 0)
+        return
+    try:
+        native_memory.keep_memory()
+    except (OSError, BuildError) as error:
+        mallopt(M_MMAP_MAX, 0)
+        note(f"note: the memory allocator for CPUs could not be built, so steps may take more memory: {error}")
 
 
 def measured_peak(dtype: torch.dtype, seconds: float = 0.15, device: torch.device | str = "cpu") -> float:

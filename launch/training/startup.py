@@ -146,11 +146,11 @@ def connect(
     rank, world, _, local_size = launcher_environment()
     log: Callable[[str], None] = run_folder.say if rank == 0 else lambda line: None
     threads = limit_threads(local_size)
-    keep_memory()
     precision = resolve_precision(run.train.precision)
     plans = plan_stages(run, world)
     plan = plans[run.global_batch]
     config = run.gpt_config(dataset.vocab_size)
+    keep_memory(sizes_vary=config.n_expert is not None, note=log)
     ds_config = resolve_ds_config(run, raw_ds_config, plan, engine_precision(precision), config)
     check_precision(precision)
     check_ds_config(ds_config, run.deepspeed)

@@ -108,7 +108,7 @@ class BenchSetup:
         _, world, _, local_size = launcher_environment()
         self.threads = limit_threads(local_size)
         if job["loop"].startswith(("packspeed", "bare")):
-            keep_memory()
+            keep_memory(sizes_vary=self.config.n_expert is not None, note=print)
         self.plan: BatchPlan = plan_batch(self.run, world)
         self.ds_config = resolve_ds_config(self.run, raw, self.plan, engine_precision(self.precision), self.config)
         # The others run with torch's default, which repeats no bits on GPUs.
