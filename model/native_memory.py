@@ -26,6 +26,13 @@ def build() -> ctypes.CDLL:
     Raises what native_kernels.build raises.
     """
     folder = Path(torch.__file__).parent
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={torch.compiled_with_cxx11_abi():d}"
-    version = f"-DTORCH={torch.__version__}"  # the library must be compiled again with another one's headers
-    return compiled("native_memory", [SOURCE], [], f"-I{folder}/include", abi, version, f"-L{folder}/lib", "-lc10")
+    return compiled(
+        "native_memory",
+        [SOURCE],
+        [],
+        f"-I{folder}/include",
+        f"-L{folder}/lib",
+        "-lc10",
+        f"-D_GLIBCXX_USE_CXX11_ABI={torch.compiled_with_cxx11_abi():d}",
+        f"-DTORCH={torch.__version__}",  # so that another torch, with other headers, gets another library
+    )

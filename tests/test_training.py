@@ -193,9 +193,13 @@ def test_without_a_compiler_a_run_goes_on_and_says_so(
     environment = os.environ | {"CXX": "false", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    for said in ("the C++ kernels could not be built", "Continuing with torch's fused"):
+    for said in (
+        "the C++ kernels could not be",
+        "the memory allocator for CPUs could not be",
+        "Continuing with torch's",
+    ):
         assert said in done.stdout, said
-    assert done.stdout.count("install a C++ compiler") == 2
+    assert done.stdout.count("install a C++ compiler") == 3
     for name in ("no-compiler", "torch_adam"):
         assert workspace.losses(name) == pytest.approx(workspace.losses("zero1-fp32"), abs=1e-5)
 

@@ -61,14 +61,12 @@ def keep_memory(sizes_vary: bool, note: Callable[[str], None]) -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)  # only glibc has it
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    if sizes_vary:
-        mallopt(M_MMAP_MAX, 0)
-        return
     try:
-        native_memory.keep_memory()
+        if not sizes_vary:
+            return native_memory.keep_memory()
     except (OSError, BuildError) as error:
-        mallopt(M_MMAP_MAX, 0)
         note(f"note: the memory allocator for CPUs could not be built, so steps may take more memory: {error}")
+    mallopt(M_MMAP_MAX, 0)
 
 
 def measured_peak(dtype: torch.dtype, seconds: float = 0.15, device: torch.device | str = "cpu") -> float:
