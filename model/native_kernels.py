@@ -62,10 +62,10 @@ def build() -> ctypes.CDLL:
 
     Raises BuildError if there is no compiler or if it fails, and OSError if the cache folder is not writable.
     """
-    return compiled("native_kernels", SOURCES, HEADERS)
+    return compiled("native_kernels", SOURCES, headers=HEADERS)
 
 
-def compiled(name: str, sources: Sequence[Path], headers: Sequence[Path] = (), *options: str) -> ctypes.CDLL:
+def compiled(name: str, sources: Sequence[Path], *options: str, headers: Sequence[Path] = ()) -> ctypes.CDLL:
     """Return a library of C++ sources; compile it first if the cache folder has none of these files for this CPU.
 
     options: of the compiler, after the names of the sources. Raises what `build` raises.

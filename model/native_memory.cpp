@@ -42,18 +42,18 @@ class KeepingAllocator final : public c10::Allocator {
 
     void copy_data(void* to, const void* from, std::size_t bytes) const override { default_copy_data(to, from, bytes); }
 
-    // A child process must not inherit the mutex while another thread holds it.
-    static void keep_usable_after_forks() {
-        pthread_atfork(
-            [] { instance().mutex.lock(); }, [] { instance().mutex.unlock(); }, [] { instance().mutex.unlock(); });
-    }
-
     static KeepingAllocator& instance() {
         static auto* allocator = new KeepingAllocator;  // never destroyed: tensors may outlive static objects
         return *allocator;
     }
 
   private:
+    // A child process must not inherit the mutex while another thread holds it.
+    KeepingAllocator() {
+        pthread_atfork(
+            [] { instance().mutex.lock(); }, [] { instance().mutex.unlock(); }, [] { instance().mutex.unlock(); });
+    }
+
     c10::Allocator* const torchs = c10::GetCPUAllocator();
     std::mutex mutex;
     std::multimap<std::size_t, void*> kept;       // free blocks by size
@@ -131,8 +131,5 @@ class KeepingAllocator final : public c10::Allocator {
 
 }  // namespace
 
-// Let torch allocate the tensors of this process from now on with the allocator above. To be called once.
-extern "C" void keep_memory() {
-    KeepingAllocator::keep_usable_after_forks();
-    c10::SetCPUAllocator(&KeepingAllocator::instance());
-}
+// Let torch allocate the tensors of this process from now on with the allocator above.
+extern "C" void keep_memory() { c10::SetCPUAllocator(&KeepingAllocator::instance()); }

@@ -1,7 +1,5 @@
 """Keep the memory of freed CPU tensors for the next ones. native_memory.cpp says how, and why."""
 
-import ctypes
-import functools
 from pathlib import Path
 
 import torch
@@ -11,28 +9,19 @@ from packspeed.model.native_kernels import compiled
 SOURCE = Path(__file__).with_name("native_memory.cpp")
 
 
-@functools.cache
 def keep_memory() -> None:
     """Let torch allocate CPU tensors of 1 MiB or more in this process from blocks that are kept when they are freed.
 
-    Raises what `build` raises.
-    """
-    build().keep_memory()
-
-
-def build() -> ctypes.CDLL:
-    """Return the library with the allocator; compile it first if it is not in the cache folder.
-
-    Raises what native_kernels.build raises.
+    Compiles the allocator first if it is not in the cache folder. Raises what native_kernels.build raises.
     """
     folder = Path(torch.__file__).parent
-    return compiled(
+    library = compiled(
         "native_memory",
         [SOURCE],
-        [],
         f"-I{folder}/include",
         f"-L{folder}/lib",
         "-lc10",
         f"-D_GLIBCXX_USE_CXX11_ABI={torch.compiled_with_cxx11_abi():d}",
         f"-DTORCH={torch.__version__}",  # so that another torch, with other headers, gets another library
     )
+    library.keep_memory()

@@ -6,7 +6,6 @@ delay.
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -32,8 +31,7 @@ def build(
     """
     from packspeed.launch.engine import ops
     from packspeed.launch.engine.build import resolve_kernels
-    from packspeed.model import native_memory
-    from packspeed.model.native_kernels import BuildError
+    from packspeed.launch.engine.hardware import keep_memory
 
     names = [ops.FUSED_ADAM]
     if run_file is not None:
@@ -43,8 +41,6 @@ def build(
     missing = ops.build_ops(names, lambda line: print(line, flush=True))
     for name, why in missing.items():
         print(f"note: {why}\nRuns use {ops.SUBSTITUTES[name]} instead.")
-    if ops.device_type() == "cpu":
-        with contextlib.suppress(OSError, BuildError):  # the kernels below fail alike, and say why
-            native_memory.build()
+    keep_memory(sizes_vary=False, note=print)  # compiles the allocator that runs on CPUs use
     built = [name.removesuffix("Builder") for name in names if name not in missing]
     print(f"ops built: {', '.join(built) or 'none'}; kernels: {resolve_kernels('auto', print)}")
